@@ -1,0 +1,250 @@
+"""What every experiment shares: flags from its Config, the grid of cells, progress, resume, exit codes, the report.
+
+An experiment is three functions: `cells(config)` lists the grid, `run(cell, ...)` trains one cell, `report(workdir,
+cells)` makes tables and figures from run folders alone. This file gives them a command line.
+
+Exit codes: 0 done; 1 the environment (files, disk) or a failed cell; 2 the request; 75 interrupted, start it again.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from research.errors import CarouselError, Interrupted, UsageError
+
+
+def option(default: Any, help: str, *, choices: Sequence[str] = (), identity: bool = True) -> Any:
+    """A field of a Config or a cell.
+
+    Args:
+      default: its type is the flag's (a tuple is a comma-separated list); None needs the annotation `int | None` etc.
+      help: the flag's help text.
+      choices: the values a string may take; for a tuple, each of its elements.
+      identity: False for what does not change a cell's result (where the data lies, how many devices).
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "identity": identity})
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One published comparison.
+
+    Attributes:
+      name: of the default working folder.
+      config: frozen dataclass of `option` fields, the flags.
+      cells: `config -> list of cells`, frozen dataclasses with a `name`, unique in the grid; raises UsageError.
+      run: `(cell, context) -> result` as JSON-able values, with a `research.training.loop.Context`; may write further
+        files into the run folder. A diverged run is a result too, with a `failure`.
+      report: `(workdir, names of the cells) -> None`; writes tables and figures, prints.
+      presets: name -> fields of the config that differ from the defaults.
+      smoke: fields that make every cell tiny.
+      exclusive: groups of fields of which at most one may be given; giving one drops a preset's others.
+    """
+
+    name: str
+    config: type
+    cells: Callable[[Any], list[Any]]
+    run: Callable[[Any, Any], Mapping[str, Any]]
+    report: Callable[[Path, list[str]], None]
+    presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exclusive: Sequence[Sequence[str]] = ()
+
+
+def identity(cell: Any) -> dict[str, Any]:
+    """The fields of a cell that determine its result; what `config.json` holds."""
+    return {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.metadata.get("identity", True)}
+
+
+def main(experiment: Experiment) -> None:
+    """Parses the command line, runs the experiment, exits with its code."""
+    _define_flags(experiment)
+    app.run(lambda _: sys.exit(_guarded(experiment)), flags_parser=parse_flags)
+
+
+def _define_flags(experiment: Experiment) -> None:
+    for field in dataclasses.fields(experiment.config):
+        _define_flag(field)
+    flags.DEFINE_string("workdir", f"runs/{experiment.name}", "Folder of the run folders, tables and figures.")
+    flags.DEFINE_bool("smoke", False, "Every cell, tiny: seconds. For trying a command line, not for its numbers.")
+    flags.DEFINE_bool("report_only", False, "Make tables and figures again from finished run folders; train nothing.")
+    flags.DEFINE_string(
+        "compilation_cache",
+        os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "carousel"),
+        "Folder that keeps compiled programs between runs, one subfolder per versions and instruction set; empty: off.",
+    )
+    if experiment.presets:
+        flags.DEFINE_enum("preset", None, sorted(experiment.presets), "A published recipe; other flags override it.")
+
+
+def _define_flag(field: dataclasses.Field) -> None:
+    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    help_text, choices = field.metadata["help"], list(field.metadata["choices"])
+    kind = kind.replace(" | None", "")
+    if kind.startswith("tuple"):
+        if choices:
+            help_text += f" Any of: {', '.join(choices)}."
+        flags.DEFINE_list(field.name, [str(value) for value in field.default], help_text)
+    elif choices:
+        flags.DEFINE_enum(field.name, field.default, choices, help_text)
+    else:
+        define = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float, "bool": flags.DEFINE_bool}
+        define.get(kind, flags.DEFINE_string)(field.name, field.default, help_text)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+        if rest[1:]:
+            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    except flags.Error as error:
+        _fail(f"{' '.join(str(error).split())} (--help lists the flags)", UsageError.exit_code)
+    return rest
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _guarded(experiment: Experiment) -> int:
+    """Runs the experiment; what a user can do something about ends in one line."""
+    try:
+        return _launch(experiment, flags.FLAGS)
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return stop.exit_code
+    except CarouselError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; free or choose another place (--workdir)", file=sys.stderr)
+        return CarouselError.exit_code
+
+
+def parse_config(experiment: Experiment, values: flags.FlagValues) -> Any:
+    """The Config that the flags ask for: defaults, then the preset, then what was given, and `--smoke` on top.
+
+    Raises:
+      UsageError: a value cannot be read, or two of an exclusive group were given.
+    """
+    given = {}
+    for field in dataclasses.fields(experiment.config):
+        if values[field.name].present:
+            given[field.name] = _read(field, values[field.name].value)
+    chosen = dict(experiment.presets[values.preset]) if experiment.presets and values.preset else {}
+    smoke = dict(experiment.smoke) if values.smoke else {}
+    for group in experiment.exclusive:
+        both = [name for name in group if given.get(name) is not None]
+        if len(both) > 1:
+            raise UsageError(f"{' and '.join(f'--{name}={given[name]}' for name in both)}: give exactly one of them")
+        if both:
+            for layer in (chosen, smoke):
+                for name in group:
+                    layer.pop(name, None)
+    if smoke and chosen:
+        # A preset keeps its grid; smoke makes each cell small.
+        chosen = {name: value for name, value in chosen.items() if name not in _exclusive_of(experiment, smoke)}
+    return experiment.config(**{**chosen, **smoke, **given})
+
+
+def _exclusive_of(experiment: Experiment, names: Mapping[str, Any]) -> set[str]:
+    return {name for group in experiment.exclusive if set(group) & set(names) for name in group}
+
+
+def _read(field: dataclasses.Field, value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    convert = int if "int" in str(field.type) else str
+    try:
+        read = tuple(convert(part) for part in value)
+    except ValueError:
+        raise UsageError(f"--{field.name}={','.join(value)} is not a list of whole numbers: write --{field.name}=1,2,3")
+    choices = field.metadata["choices"]
+    for part in read:
+        if choices and part not in choices:
+            raise UsageError(f"--{field.name}={','.join(value)}: {part!r} is unknown; choose from {', '.join(choices)}")
+    if not read:
+        raise UsageError(f"--{field.name} is empty: give at least one value")
+    if len(set(read)) < len(read):
+        raise UsageError(f"--{field.name}={','.join(value)} names a value twice: give each once")
+    return read
+
+
+class _StopRequest:
+    """Turns the first SIGTERM or SIGINT into a question that the trainer asks; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self._asked = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame):
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping: a checkpoint is written after the steps in flight", file=sys.stderr)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
+    config = parse_config(experiment, values)
+    cells = experiment.cells(config)
+    workdir = Path(values.workdir)
+    stop = _StopRequest()
+    failures = []
+    if not values.report_only:
+        failures = _run_all(experiment, cells, workdir, stop, values, getattr(config, "devices", None))
+    experiment.report(workdir, [cell.name for cell in cells])
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return CarouselError.exit_code if failures else 0
+
+
+def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
+    # Imported late: --help and usage errors answer without loading JAX.
+    import jax
+
+    from research.training import environment, loop, run_folder
+    from research.training.progress import Reporter
+
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
+    if values.compilation_cache:
+        cache = environment.compilation_cache_dir(Path(values.compilation_cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    folders = [workdir / "runs" / cell.name for cell in cells]
+    for cell, path in zip(cells, folders, strict=True):
+        run_folder.check_config(path, identity(cell))  # all of them before the first is trained
+    failures = []
+    with Reporter() as reporter:
+        for number, (cell, path) in enumerate(zip(cells, folders, strict=True), start=1):
+            label = f"[{number}/{len(cells)}] {cell.name}"
+            if run_folder.finished(path):
+                reporter.note(f"{label}: finished before")
+                result = run_folder.read_result(path)
+            else:
+                if stop():
+                    done = number - 1
+                    raise Interrupted(f"{workdir}: {done} of {len(cells)} cells are finished; the same command goes on")
+                with run_folder.open_run(path, identity(cell)) as folder:
+                    try:
+                        result = experiment.run(cell, loop.Context(folder, label, reporter, stop))
+                    except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted
+                        result = {"failure": str(failure), "failed_at_step": failure.step}
+                    folder.finish(result)
+            if result.get("failure"):
+                failures.append(result["failure"])
+    return failures

@@ -1,0 +1,1 @@
+"""Where experiments run: the bootstrap script `run`, and what starts many runs at once."""

@@ -1,0 +1,176 @@
+"""Figures from run folders: PNG and SVG, the same bytes each time they are made from the same runs.
+
+Every file says in its own metadata what made it: the command and commit of the runs, and their hashes. Colours are of
+Okabe and Ito's palette, which survives colour blindness; line styles and markers tell the same in print.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no window, no display
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from research.analysis.results import Run, group, spread
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+_STYLE = {
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 150,
+    # SVG: text stays text, and element ids do not depend on the moment.
+    "svg.fonttype": "none",
+    "svg.hashsalt": "carousel",
+}
+
+
+def new(columns: int, rows: int = 1, *, width: float = 3.6, height: float = 3.0, **options) -> tuple[Figure, list[Axes]]:
+    """An empty figure of `rows x columns` panels, each `width x height` inches, and its panels row by row."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    return figure, list(axes.flat)
+
+
+def provenance(runs: Sequence[Run]) -> dict[str, str]:
+    """What a figure carries: the runs' commands, commits (marked where the tree was dirty) and hashes."""
+    commits = {_commit(run) for run in runs}
+    return {
+        "commands": "; ".join(sorted({run.environment["command"] for run in runs})),
+        "commits": ", ".join(sorted(commits)),
+        "runs": json.dumps({run.path.name: run.sha256 for run in runs}, sort_keys=True),
+    }
+
+
+def _commit(run: Run) -> str:
+    source = run.environment.get("source") or {}
+    return f"{source.get('commit') or 'unknown'}{' (with changes)' if source.get('dirty') else ''}"
+
+
+def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]:
+    """Writes `path.png` and `path.svg` with the provenance in their metadata, each in one move, and closes the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    description = json.dumps(made_from, sort_keys=True)
+    metadata = {
+        "png": {"Software": "carousel", "Description": description},
+        "svg": {"Creator": "carousel", "Description": description, "Date": None},
+    }
+    written = []
+    for suffix, values in metadata.items():
+        target = path.with_suffix(f".{suffix}")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(temporary, format=suffix, metadata=values)
+        temporary.replace(target)
+        written.append(target)
+    plt.close(figure)
+    return written
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, to compare two makings of a figure."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def error_curves(panels: Mapping[str, Sequence[Run]], key, label) -> Figure:
+    """Error against step, one panel a name, side by side on one scale: He et al. 2015, Figure 6.
+
+    Thin dashed lines are the training error (of minibatches, averaged over the logging interval), thick ones the test
+    error. Runs of equal `key(run)` (seeds) share a colour, named by `label(key)`.
+    """
+    figure, axes = new(len(panels), width=4.2, sharey=True)
+    keys = list(dict.fromkeys(key(run) for runs in panels.values() for run in runs))
+    for axis, (name, runs) in zip(axes, panels.items(), strict=True):
+        for value, same in group(runs, key).items():
+            colour = COLOURS[keys.index(value) % len(COLOURS)]
+            marker = MARKERS[keys.index(value) % len(MARKERS)]
+            for number, run in enumerate(same):
+                steps, errors = run.series("error")
+                axis.plot(steps, [100 * e for e in errors], color=colour, linewidth=0.8, linestyle=(0, (3, 1.5)))
+                steps, errors = run.series("test_error")
+                axis.plot(
+                    steps,
+                    [100 * e for e in errors],
+                    color=colour,
+                    marker=marker,
+                    markersize=3.5,
+                    label=label(value) if number == 0 else None,
+                )
+        axis.set(title=name, xlabel="step", ylim=(0, None))
+        axis.margins(x=0.01)
+    axes[0].set_ylabel("error (%)")
+    axes[-1].plot([], [], color="0.4", linewidth=0.8, linestyle=(0, (3, 1.5)), label="training error")
+    axes[-1].plot([], [], color="0.4", label="test error")
+    for axis in axes:
+        axis.legend(loc="upper right")
+    return figure
+
+
+def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str, metrics: Mapping[str, str]) -> Figure:
+    """Final error against a number such as depth: one panel a metric (`result key -> title`), one line a group.
+
+    Points are means over seeds, bars one standard deviation.
+    """
+    figure, axes = new(len(metrics), sharey=True)
+    for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
+        ticks = sorted({x for by_x in groups.values() for x in by_x})
+        for number, (name, by_x) in enumerate(groups.items()):
+            points = {x: spread(run.result.get(metric) for run in runs) for x, runs in sorted(by_x.items())}
+            points = {x: point for x, point in points.items() if point.n}
+            axis.errorbar(
+                [ticks.index(x) for x in points],
+                [100 * point.mean for point in points.values()],
+                yerr=[100 * point.std if point.n > 1 else 0 for point in points.values()],
+                color=COLOURS[number],
+                marker=MARKERS[number],
+                linestyle="-" if number else "--",
+                markersize=5,
+                capsize=3,
+                label=name,
+            )
+        axis.set(title=title, xlabel=xlabel, ylim=(0, None), xticks=range(len(ticks)), xticklabels=ticks)
+        axis.margins(x=0.08)
+        axis.legend()
+    axes[0].set_ylabel("error (%)")
+    return figure
+
+
+def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], depth: int) -> Figure:
+    """How activations and gradients change from the first layer to the last, before training and after.
+
+    Args:
+      signals: kind of block -> `initial` and `final` -> statistics of `research.analysis.signal.propagation`.
+      depth: layers of the networks, for the title.
+    """
+    panels = {
+        "activation_variance": ("variance of the activations", "convolution"),
+        "weight_gradient_norm": ("norm of dL/dW", "convolution"),
+        "block_input_gradient_norm": ("norm of dL/dx at the block's input", "block"),
+    }
+    moments = {"initial": "at initialisation", "final": "after training"}
+    figure, axes = new(len(panels), len(moments), height=2.6)
+    for row, (moment, when) in enumerate(moments.items()):
+        for axis, (statistic, (title, xlabel)) in zip(axes[row * len(panels) :], panels.items(), strict=False):
+            for number, (name, found) in enumerate(signals.items()):
+                values = found[moment][statistic]
+                style = {"color": COLOURS[number], "linestyle": "-" if number else "--", "marker": MARKERS[number]}
+                axis.plot(range(1, len(values) + 1), values, markersize=2.5, label=name, **style)
+            axis.set(yscale="log", xlabel=xlabel, ylabel=f"{title}", title=f"{depth} layers, {when}")
+            axis.legend()
+    return figure

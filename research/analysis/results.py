@@ -1,0 +1,96 @@
+"""Reads run folders into plain values; the only source of every table and figure."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.errors import CarouselError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One finished run: the parsed files of its folder, and the SHA-256 of their bytes."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    sha256: str
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was recorded."""
+        points = [(record["step"], record[name]) for record in self.metrics if record.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def read_json(self, name: str) -> Any | None:
+        """Another JSON file of the run folder, or None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def read_run(path: Path) -> Run:
+    """Reads a finished run.
+
+    Raises:
+      CarouselError: a file is missing or cannot be parsed.
+    """
+    digest = hashlib.sha256()
+    try:
+        contents = []
+        for name in ("config.json", "environment.json", "result.json", "metrics.jsonl"):
+            text = (path / name).read_bytes()
+            digest.update(text)
+            contents.append([json.loads(line) for line in text.splitlines()] if name[-1] == "l" else json.loads(text))
+    except (OSError, ValueError) as error:
+        raise CarouselError(f"{path / name}: cannot be read as part of a finished run ({error}); run its cell again")
+    return Run(path, *contents[:3], metrics=contents[3], sha256=digest.hexdigest())
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """The finished runs among `paths`.
+
+    Raises:
+      CarouselError: none of them is finished.
+    """
+    paths = list(paths)
+    runs = [read_run(path) for path in paths if (path / "result.json").exists()]
+    if not runs:
+        raise CarouselError(f"no finished run among the {len(paths)} asked for, such as {paths[0]}; run without --report_only")
+    return runs
+
+
+def group(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """The runs by key, in the order in which the keys first appear."""
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (n - 1 in the denominator) of n values; std is NaN for one value."""
+
+    mean: float
+    std: float
+    n: int
+
+    def percent(self) -> str:
+        """As an error rate: `12.3 % ± 0.4 (n=5)`."""
+        if math.isnan(self.mean):
+            return "failed"
+        return f"{self.mean:.2%}" if self.n == 1 else f"{self.mean:.2%} ± {100 * self.std:.2f} (n={self.n})"
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Mean and spread of the values that are there (a diverged run has none)."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return Spread(math.nan, math.nan, 0)
+    return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan, len(found))

@@ -1,0 +1,81 @@
+"""Image classification: one label an image, softmax cross-entropy; error is the share of wrong labels."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.ops import augmentation
+
+Variables = Any
+# apply(variables, images, train=...) -> (logits, new variables other than the parameters)
+Apply = Callable[..., tuple[jax.Array, Variables]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """The two questions the trainer asks of a model. Both are pure functions.
+
+    Attributes:
+      loss: `(variables, batch, keys) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example, are
+        the same whatever the number of devices.
+      evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1.
+    """
+
+    loss: Callable
+    evaluate: Callable
+
+
+def classification(apply: Apply, *, mean: np.ndarray, scale: float = 1 / 128, crop: int = 0, flip: bool = False):
+    """Builds the task for a model and one way of preparing images.
+
+        x = (image - mean) scale        loss = mean_n -log softmax(f(x_n))[label_n]
+
+    Args:
+      apply: the model's pure application.
+      mean: subtracted from every image, `[height, width, channels]` in pixel units (the per-pixel mean of the training
+        set in He et al. 2015).
+      scale: multiplied afterwards; a constant, so that it only chooses units.
+      crop: padding in pixels of the random crop, 0 for none; training only. The padding is zero after the mean is
+        subtracted, as in the paper's code.
+      flip: mirror half of the images; training only.
+    """
+
+    def prepare(images):
+        return (images.astype(jnp.float32) - mean) * scale
+
+    def augment(image, key):
+        crop_key, flip_key = jax.random.split(key)
+        if crop:
+            image = augmentation.random_crop(image, crop_key, padding=crop)
+        if flip:
+            image = augmentation.random_flip(image, flip_key)
+        return image
+
+    def loss(variables, batch, keys):
+        images = prepare(batch["images"])
+        if crop or flip:
+            images = jax.vmap(augment)(images, keys)
+        logits, collections = apply(variables, images, train=True)
+        losses, errors = _losses_and_errors(logits, batch["labels"])
+        value = losses.mean()
+        return value, (collections, {"loss": value, "error": errors.mean()})
+
+    def evaluate(variables, batch):
+        logits, _ = apply(variables, prepare(batch["images"]), train=False)
+        losses, errors = _losses_and_errors(logits, batch["labels"])
+        mask = batch["mask"]
+        return {"loss": (losses * mask).sum(), "error": (errors * mask).sum(), "count": mask.sum()}
+
+    return Classification(loss=loss, evaluate=evaluate)
+
+
+def _losses_and_errors(logits, labels):
+    chex.assert_rank([logits, labels], [2, 1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses, (logits.argmax(-1) != labels).astype(jnp.float32)

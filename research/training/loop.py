@@ -1,0 +1,282 @@
+"""The trainer: compiled stretches of steps, checkpoints, resume, timers. One loop for every experiment."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+
+from research.errors import CarouselError, Interrupted, UsageError
+from research.training import checkpoint, parallel, state, step
+from research.training.evaluation import Evaluator
+from research.training.progress import Reporter
+from research.training.run_folder import RunFolder
+from research.training.state import TrainState
+
+# A checkpoint at least this often, in seconds of wall time; when one is written changes no result.
+_CHECKPOINT_SECONDS = 60.0
+
+
+class Diverged(CarouselError):
+    """The loss is not a finite number any more."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long and how to train.
+
+    Attributes:
+      seed: of every stream of randomness of the run.
+      steps: optimiser updates.
+      batch_size: examples a step, over all devices.
+      steps_per_call: steps of one compiled stretch; also the interval of the training metrics.
+      evaluate_every: steps between evaluations on the validation and test splits.
+      parallel: `auto`, `pmap`, `jit` or `shard_map`.
+      devices: how many; None for all that there are.
+    """
+
+    seed: int
+    steps: int
+    batch_size: int
+    steps_per_call: int
+    evaluate_every: int
+    parallel: str = "auto"
+    devices: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """One data set on the host with its parts in a row: arrays `[examples, ...]`, training examples first."""
+
+    arrays: Mapping[str, np.ndarray]
+    train: int
+    validation: int
+    test: int
+
+    def range(self, name: str) -> tuple[int, int]:
+        first = {"train": 0, "validation": self.train, "test": self.train + self.validation}[name]
+        return first, first + getattr(self, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """The surroundings of a run, which change nothing in its result.
+
+    Attributes:
+      folder: the open run folder.
+      label: what to call the run on the screen.
+      reporter: shows progress.
+      should_stop: asked between stretches; True writes a checkpoint and raises `Interrupted`.
+    """
+
+    folder: RunFolder
+    label: str
+    reporter: Reporter
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What is left of a finished run: the first and the last state, final evaluations, and times.
+
+    Attributes:
+      initial: the state before the first step, on the host.
+      final: the state after the last step, on the host.
+      evaluations: split name -> metric -> mean over the split.
+      seconds: `compile`, `train`, `evaluate`, `checkpoint`: wall time, over all the sittings that the run took.
+      examples_per_second: of training, compilation and evaluation excluded.
+      sha256: of the final state, names and bits.
+    """
+
+    initial: TrainState
+    final: TrainState
+    evaluations: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    examples_per_second: float
+    sha256: str
+
+
+def train(
+    make_model: Callable[[str | None], nn.Module],
+    make_task: Callable[[Callable], Any],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    splits: Splits,
+    plan: Plan,
+    context: Context,
+) -> Outcome:
+    """Trains one model, from the beginning or from where the run folder's newest checkpoint left off.
+
+    Killed at any moment and called again, it ends with bitwise the parameters and the metrics file of an uninterrupted
+    run (same versions, thread count, devices and instruction set).
+
+    Args:
+      make_model: axis name over which to take BatchNorm's means, or None -> the module.
+      make_task: the bound module `apply` -> a task with `loss` and `evaluate`.
+      optimizer: an optax transformation.
+      schedule: its learning rate, for the record.
+      splits: the data set; it is copied to every device.
+      plan: see `Plan`.
+      context: where to write, what to show, and whether to stop.
+
+    Raises:
+      UsageError: the plan contradicts itself or the data.
+      Diverged: a loss was not finite; the last checkpoint before it is kept.
+      Interrupted: as `context.should_stop` asked.
+    """
+    folder, reporter = context.folder, context.reporter
+    mesh = parallel.make_mesh(plan.devices)
+    _check(plan, splits, mesh.size)
+    mode = parallel.choose_mode(plan.parallel, mesh.size)
+    timers = _Timers()
+
+    with timers("compile"):
+        axis = parallel.axis_name(mode)
+        task = make_task(state.bind(make_model(axis)))
+        example = next(iter(splits.arrays.values()))
+        initial = state.initialize(make_model(None), optimizer, plan.seed, (1, *example.shape[1:]))
+        initial = jax.device_get(initial)
+    current, evaluated = _restore(context, initial, timers)
+    current = parallel.replicate(current, mesh)
+    data = parallel.replicate(dict(splits.arrays), mesh)
+    key = parallel.replicate(state.stream(plan.seed, "augmentation"), mesh)
+    order = state.stream(plan.seed, "order")
+
+    stretch = step.make_stretch(task.loss, optimizer, schedule, axis)
+    compiled: dict[int, Callable] = {}
+    at = int(current.step)
+    reporter.start(context.label, plan.steps, at)
+
+    def indices(steps):
+        shape = {"steps": steps, "batch_size": plan.batch_size, "examples": splits.train}
+        return np.asarray(step.shuffled_indices(order, at, **shape))
+
+    with timers("compile"):
+        # The evaluation network needs no axis: its arrays are global and BatchNorm uses its running averages.
+        evaluator = Evaluator(make_task(state.bind(make_model(None))).evaluate, mesh, current.variables, data)
+
+    def evaluate(*names):
+        with timers("evaluate"):
+            return {name: evaluator(current.variables, *splits.range(name)) for name in names}
+
+    def save():
+        with timers("checkpoint"):
+            metadata = {"metrics_bytes": folder.metrics.flush(), "seconds": timers.seconds, "evaluated": evaluated}
+            checkpoint.save(folder.checkpoints, at, state.flatten(current), metadata)
+            return time.monotonic()
+
+    saved = save() if at == 0 else time.monotonic()
+    while at < plan.steps:
+        if context.should_stop():
+            save()
+            raise Interrupted(
+                f"{folder.path}: stopped at step {at} of {plan.steps}; the same command goes on from there"
+            )
+        # The grid of stretches is fixed by absolute steps, so an interrupted run takes the same ones.
+        end = min(plan.steps, *((at // n + 1) * n for n in (plan.steps_per_call, plan.evaluate_every)))
+        rows = indices(end - at)
+        if end - at not in compiled:
+            with timers("compile"):
+                compiled[end - at] = parallel.compile_stretch(stretch, mode, mesh, (current, data, rows, key))
+        with timers("train") as lap:
+            current, metrics = compiled[end - at](current, data, rows, key)
+            metrics = jax.device_get(metrics)
+        _check_finite(metrics["loss"], at, folder)
+        record = {"step": end, **{name: float(np.mean(values)) for name, values in metrics.items()}}
+        record["learning_rate"] = float(metrics["learning_rate"][-1])
+        folder.metrics.append(record)
+        reporter.update(end, record, lap.seconds, (end - at) * plan.batch_size / lap.seconds)
+        at = end
+        if at % plan.evaluate_every == 0 or at == plan.steps:
+            held_out = evaluate("validation", "test")
+            folder.metrics.append({"step": at, **{f"{s}_{m}": v for s, ms in held_out.items() for m, v in ms.items()}})
+            if evaluated is None or held_out["validation"]["error"] < evaluated["error"]:
+                evaluated = {"step": at, "error": held_out["validation"]["error"]}
+                checkpoint.save_best(folder.checkpoints, at, state.flatten(current), evaluated)
+            saved = save()
+        elif time.monotonic() - saved >= _CHECKPOINT_SECONDS:
+            saved = save()
+
+    evaluations = evaluate("train", "validation", "test")
+    final = jax.device_get(current)
+    return Outcome(
+        initial=initial,
+        final=final,
+        evaluations=evaluations,
+        seconds=timers.seconds,
+        examples_per_second=plan.steps * plan.batch_size / timers.seconds["train"],
+        sha256=state.sha256(final),
+    )
+
+
+def _check(plan: Plan, splits: Splits, devices: int) -> None:
+    if plan.steps < 1 or plan.steps_per_call < 1 or plan.evaluate_every < 1:
+        raise UsageError("steps, steps_per_call and evaluate_every must be at least 1")
+    if plan.batch_size > splits.train:
+        raise UsageError(
+            f"--batch_size={plan.batch_size} is larger than the training set of {splits.train} examples: give at most that"
+        )
+    if plan.batch_size % devices:
+        raise UsageError(
+            f"--batch_size={plan.batch_size} does not divide by {devices} devices: give a multiple, or --devices=1"
+        )
+
+
+def _check_finite(losses: np.ndarray, at: int, folder: RunFolder) -> None:
+    finite = np.isfinite(losses)
+    if finite.all():
+        return
+    bad = at + int(np.argmin(finite)) + 1
+    kept = checkpoint.latest(folder.checkpoints)
+    raise Diverged(
+        f"{folder.path}: the loss is not finite at step {bad} ({losses[bad - at - 1]}); the checkpoint of step "
+        f"{kept.step if kept else 0} is kept; try a smaller --learning_rate",
+        bad,
+    )
+
+
+def _restore(context: Context, initial: TrainState, timers: "_Timers"):
+    """The newest usable state and best evaluation of the run folder, its metrics file cut back to that moment."""
+    folder, reporter = context.folder, context.reporter
+    with timers("checkpoint"):
+        newest = checkpoint.latest(folder.checkpoints, log=reporter.note)
+    while newest is not None and not folder.metrics.truncate(newest.metadata["metrics_bytes"]):
+        reporter.note(f"{folder.path}: metrics.jsonl lost records that the checkpoint of step {newest.step} counts on")
+        newest = checkpoint.latest(folder.checkpoints, log=reporter.note, before=newest.step)
+    if newest is None:
+        folder.metrics.truncate(0)
+        return initial, None
+    timers.seconds.update(newest.metadata["seconds"])
+    restored = state.unflatten(newest.arrays, initial, str(newest.path))
+    reporter.note(f"{context.label}: going on from step {newest.step}")
+    return restored, newest.metadata["evaluated"]
+
+
+class _Timers:
+    """Wall time by what it was spent on. Bodies must end with the device idle, or they measure nothing."""
+
+    def __init__(self):
+        self.seconds = dict.fromkeys(("compile", "train", "evaluate", "checkpoint"), 0.0)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        lap = _Lap()
+        start = time.perf_counter()
+        yield lap
+        lap.seconds = time.perf_counter() - start
+        self.seconds[name] += lap.seconds
+
+
+@dataclasses.dataclass
+class _Lap:
+    seconds: float = math.nan

@@ -1,0 +1,90 @@
+"""One pure stretch of steps, compiled over devices in three ways that agree: `pmap`, `jit` and `shard_map`.
+
+All three keep state and data replicated and split every batch. `jit` leaves the splitting to the compiler; in the other
+two a step sees its device's share and averages over the axis `batch`, BatchNorm included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from research.errors import CarouselError, UsageError
+
+MODES = ("auto", "pmap", "jit", "shard_map")
+AXIS = "batch"
+
+
+def choose_mode(parallel: str, devices: int) -> str:
+    """`auto` is `pmap` where there are several devices and `jit` where there is one."""
+    if parallel not in MODES:
+        raise UsageError(f"--parallel={parallel} is unknown: choose one of {', '.join(MODES)}")
+    return parallel if parallel != "auto" else ("pmap" if devices > 1 else "jit")
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """The first `devices` devices (all of them by default) in a row along the axis `batch`."""
+    available = jax.devices()
+    if devices is not None and not 1 <= devices <= len(available):
+        raise CarouselError(f"--devices={devices}: this machine shows {len(available)} ({available[0].platform})")
+    return Mesh(np.asarray(available[:devices]), (AXIS,))
+
+
+def axis_name(mode: str) -> str | None:
+    """The axis that the model and the step have to average over: none under `jit`, where arrays are global."""
+    return None if mode == "jit" else AXIS
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The tree with a copy of every leaf on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def shard_batch(array: Any, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """The array split over the devices along `axis`."""
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
+
+
+def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[Any, Any, Any, Any]) -> Callable:
+    """Compiles `stretch(state, data, indices, key) -> (state, metrics)` ahead of time; the state is donated.
+
+    Args:
+      stretch: made with `axis_name(mode)`.
+      mode: `pmap`, `jit` or `shard_map`.
+      mesh: from `make_mesh`; the batch must divide by its size.
+      arguments: examples of the arguments, replicated (indices `[steps, batch]` on the host); only shapes matter.
+
+    Returns:
+      The compiled function, to be called with arguments like those.
+    """
+    state, data, indices, key = arguments
+    replicated, split = PartitionSpec(), PartitionSpec(None, AXIS)
+    if mode == "pmap":
+        # [steps, devices, share]: pmap maps a whole axis.
+        def place(indices):
+            steps, batch = indices.shape
+            by_device = indices.reshape(steps, mesh.size, batch // mesh.size)
+            return jax.device_put(by_device, NamedSharding(mesh, split))
+
+        function = jax.pmap(
+            stretch,
+            axis_name=AXIS,
+            in_axes=(None, None, 1, None),
+            out_axes=None,
+            devices=list(mesh.devices),
+            donate_argnums=0,
+        )
+    else:
+
+        def place(indices):
+            return shard_batch(indices, mesh, axis=1)
+
+        if mode == "shard_map":
+            # With check_vma the gradient of a local loss would arrive summed over devices; see `make_stretch`.
+            specs = {"in_specs": (replicated, replicated, split, replicated), "out_specs": replicated}
+            stretch = jax.shard_map(stretch, mesh=mesh, check_vma=False, **specs)
+        function = jax.jit(stretch, donate_argnums=0, out_shardings=NamedSharding(mesh, replicated))
+    compiled = function.lower(state, data, place(indices), key).compile()
+    return lambda state, data, indices, key: compiled(state, data, place(indices), key)

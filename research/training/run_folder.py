@@ -1,0 +1,362 @@
+"""A run folder: everything one run leaves behind, and the only thing that reports read.
+
+    config.json        what was asked for; a folder never holds two different configurations
+    environment.json   where it ran (research/training/environment.py)
+    metrics.jsonl      one line per logged step, bitwise the same however often the run was killed
+    checkpoints/       research/training/checkpoint.py
+    result.json        written last and atomically: the mark of a finished run
+    lock               held while a process writes here; its content names that process
+
+Every file except metrics.jsonl appears under its name complete or not at all: it is written under a temporary name,
+flushed to the disk and renamed. metrics.jsonl grows; each checkpoint records its size, and a resumed run cuts it back
+to that size first.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from research.errors import CarouselError, UsageError
+
+CONFIG, ENVIRONMENT, METRICS, RESULT = "config.json", "environment.json", "metrics.jsonl", "result.json"
+CHECKPOINTS, LOCK = "checkpoints", "lock"
+_TEMPORARY = ".tmp-"
+
+_NO_PERMISSION = "make it writable or choose another --workdir"
+_CURES = {
+    errno.ENOSPC: "free some space and start the same command again",
+    errno.EDQUOT: "free some of your quota and start the same command again",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f) and start the same command again",
+    errno.EROFS: _NO_PERMISSION,
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
+    errno.EEXIST: "a file is in the way: choose another --workdir",
+    errno.ENOTDIR: "a file is in the way: choose another --workdir",
+}
+
+
+def io_error(path: str | Path, error: OSError, *, action: str = "write", note: str = "") -> CarouselError:
+    """Returns the one line for an operating system error: what, where, the reason, `note`, what to do."""
+    cure = _CURES.get(error.errno, "check the file system and start the same command again")
+    note = f"{note}; " if note else ""
+    return CarouselError(f"cannot {action} {path}: {error.strerror or error}; {note}{cure}")
+
+
+# Atomic files
+
+
+def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> None:
+    """Writes `chunks` to `path` so that a kill or a power cut at any moment leaves the old file or the new one.
+
+    Raises:
+        OSError: as the system gave it, with the temporary file removed and the old file untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")  # the same folder: rename is atomic only there
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())  # before the rename: else a power cut can leave the new name on an empty file
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Makes renames and new names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such operation on folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: str | Path) -> None:
+    """Makes `folder` durably where it is missing."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sweep_temporaries(folder: str | Path) -> None:
+    """Removes what killed writers left in `folder`. Only for the process that holds the run's lock."""
+    for leftover in Path(folder).glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # untidy, not wrong: no reader looks at these names
+            leftover.unlink()
+
+
+def json_ready(value: Any) -> Any:
+    """Returns `value` with NumPy and JAX numbers and arrays as Python ones, and NaN and infinities as None.
+
+    JSON has no NaN, and a diverged run still has a result: null there means 'not a finite number'.
+    """
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON with sorted keys, so that equal objects give equal bytes.
+
+    Raises:
+        ValueError: `obj` holds NaN or an infinity (see `json_ready`).
+        CarouselError: the file cannot be written.
+    """
+    text = json.dumps(obj, sort_keys=True, indent=1, allow_nan=False) + "\n"
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise io_error(path, error) from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Returns the content of a JSON file.
+
+    Raises:
+        CarouselError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise CarouselError(f"cannot read {path}: {error.strerror}; is this the folder of a run?") from error
+    except ValueError as error:
+        cure = "restore it from a copy, or delete the run's folder and run again"
+        raise CarouselError(f"{path} is not valid JSON ({error}); {cure}") from error
+
+
+def differing_fields(old: dict, new: dict, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Returns (dotted name, old value, new value) of every field that differs; 'absent' where it is missing."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, dict) and isinstance(now, dict):
+            found += differing_fields(was, now, f"{prefix}{key}.")
+        elif was != now or (key in old) != (key in new):
+            shown = [json.dumps(side[key]) if key in side else "absent" for side in (old, new)]
+            found.append((prefix + key, *shown))
+    return found
+
+
+# The metrics file
+
+
+class Metrics:
+    """The writer of metrics.jsonl: records wait in memory until `flush`, then are on the disk or nowhere.
+
+    Records must not hold wall-clock times: a resumed run must write the same bytes again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._waiting: list[bytes] = []
+        try:
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise io_error(self.path, error) from error
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds one line: keys in the order given, floats by `repr` (their bits round-trip), non-finite ones as null."""
+        self._waiting.append(json.dumps(json_ready(record), allow_nan=False).encode() + b"\n")
+
+    def flush(self) -> int:
+        """Puts every record on the disk; returns the size of the file in bytes, which checkpoints record.
+
+        Raises:
+            CarouselError: the file cannot be written; it is then as it was before, and the records still wait.
+        """
+        before = os.fstat(self._file.fileno()).st_size
+        rest = memoryview(b"".join(self._waiting))
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), before)
+            raise io_error(self.path, error) from error
+        self._waiting.clear()
+        return os.fstat(self._file.fileno()).st_size
+
+    def truncate(self, size: int) -> bool:
+        """Cuts the file back to `size` bytes, the size that the checkpoint to resume from recorded; 0 to start over.
+
+        Returns False, and changes nothing, when the file is shorter than that: records were lost, and the run must
+        go back to an older checkpoint (`checkpoint.latest(..., before=step)`) to write them again.
+        """
+        if os.fstat(self._file.fileno()).st_size < size:
+            return False
+        self._waiting.clear()
+        try:
+            os.ftruncate(self._file.fileno(), size)
+        except OSError as error:
+            raise io_error(self.path, error) from error
+        return True
+
+    def close(self) -> None:
+        """Closes the file; records that were not flushed are dropped, as a resumed run writes them again."""
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Returns the records of the run folder `path`; a last line that is still being written is left out.
+
+    Raises:
+        CarouselError: the file is missing, unreadable or a line of it is not JSON.
+    """
+    path = Path(path) / METRICS
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise CarouselError(f"cannot read {path}: {error.strerror}; is this the folder of a run?") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            cure = "delete result.json and start the same command again"
+            raise CarouselError(f"{path} line {number} is not valid JSON ({error}); {cure}") from error
+    return records
+
+
+# The folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run folder that this process may write, as `open_run` gives it."""
+
+    path: Path
+    metrics: Metrics
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as finished: the metrics first, then result.json (non-finite numbers as null)."""
+        self.metrics.flush()
+        write_json_atomic(self.path / RESULT, json_ready(result))
+
+
+@contextlib.contextmanager
+def open_run(path: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
+    """Opens the run folder `path` for writing, makes it if need be, and keeps other processes out until the end.
+
+    Args:
+        path: The folder.
+        config: What the run is asked to do, as JSON values; stored in a new folder, compared with an old one.
+
+    Raises:
+        UsageError: the folder belongs to another configuration, or `config` holds NaN or an infinity.
+        CarouselError: another process writes to the folder, or it cannot be written.
+    """
+    path = Path(path)
+    check_config(path, config)  # before anything is made; again under the lock, since another may have come first
+    try:
+        make_folder(path)
+    except OSError as error:
+        raise io_error(path, error, action="make the run folder") from error
+    with _locked(path):
+        sweep_temporaries(path)
+        check_config(path, config)
+        if not (path / CONFIG).exists():
+            write_json_atomic(path / CONFIG, config)
+        metrics = Metrics(path / METRICS)
+        try:
+            yield RunFolder(path, metrics)
+        finally:
+            metrics.close()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # flock and not the mere existence of a file: the system frees it when the process dies, however it dies. The file
+    # stays, since deleting it would let a third process lock a new one while the second still waits for the old.
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
+    except OSError as error:
+        raise io_error(folder / LOCK, error) from error
+    try:
+        _take_lock(descriptor, folder)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
+        os.close(descriptor)
+
+
+def _take_lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except BlockingIOError as error:
+        owner = os.read(descriptor, 1000).decode().strip() or "another process"
+        cure = "wait for it or choose another --workdir"
+        raise CarouselError(f"run folder {folder} is being written by {owner}; {cure}") from error
+    except OSError as error:
+        raise io_error(folder / LOCK, error, action="lock") from error
+
+
+def check_config(folder: str | Path, config: dict[str, Any]) -> None:
+    """Raises where the run folder holds something else than this configuration; writes nothing, needs no lock.
+
+    Raises:
+        UsageError: the folder belongs to another configuration, or `config` holds NaN or an infinity.
+        CarouselError: it holds a run, but not of which configuration.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads(json.dumps(config, allow_nan=False))  # as it will be read back: tuples are lists there
+    except ValueError as error:
+        raise UsageError(f"the configuration of {folder} cannot be stored: {error}; give finite numbers") from error
+    cure = "choose another --workdir, or delete the folder"
+    try:
+        found = [name for name in (CONFIG, METRICS, CHECKPOINTS, RESULT) if (folder / name).exists()]
+    except OSError as error:
+        raise io_error(folder, error, action="read") from error
+    if not found:
+        return
+    if CONFIG not in found:
+        raise CarouselError(f"{folder} has {found[0]} but no {CONFIG}: {cure}")
+    fields = differing_fields(read_json(folder / CONFIG), config)
+    if fields:
+        shown = ", ".join(f"{name} is {old} there and {new} here" for name, old, new in fields)
+        raise UsageError(f"run folder {folder} belongs to another configuration: {shown}; {cure}")
+
+
+def finished(path: str | Path) -> bool:
+    """Whether the run folder `path` holds the result of a finished run."""
+    return (Path(path) / RESULT).is_file()
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Returns the result of the finished run in folder `path`.
+
+    Raises:
+        CarouselError: the run is not finished, or its result is unreadable.
+    """
+    if not finished(path):
+        raise CarouselError(f"the run in {path} is not finished: start its command again to go on with it")
+    return read_json(Path(path) / RESULT)

@@ -1,0 +1,107 @@
+"""What training carries from step to step, and the one place where a Flax module becomes pure functions."""
+
+import hashlib
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from research.errors import CarouselError
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    Attributes:
+      step: number of steps taken, int32 `[]`.
+      params: what the optimiser updates.
+      collections: other variables of the model by collection, such as BatchNorm's `batch_stats`.
+      opt_state: of the optax transformation.
+    """
+
+    step: jax.Array
+    params: Any
+    collections: dict[str, Any]
+    opt_state: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {"params": self.params, **self.collections}
+
+
+def stream(seed: int, name: str) -> jax.Array:
+    """The key of one named stream of randomness of a run; the step is folded in where it is used."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def initialize(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, input_shape: tuple[int, ...]):
+    """The state before the first step, compiled as one program.
+
+    Args:
+      model: called as `model(x, train=...)`.
+      optimizer: gives `opt_state`.
+      seed: of the run.
+      input_shape: of a batch, `[batch, ...]`; the batch size does not matter.
+    """
+
+    def init(key):
+        collections = dict(model.init(key, jnp.zeros(input_shape), train=True))
+        params = collections.pop("params")
+        return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params))
+
+    return jax.jit(init)(stream(seed, "parameters"))
+
+
+def bind(model: nn.Module):
+    """The model as a pure function `apply(variables, x, *, train) -> (output, collections)`.
+
+    In training the collections are the updated ones; in evaluation there are none.
+    """
+
+    def apply(variables, x, *, train):
+        if not train:
+            return model.apply(variables, x, train=False), {}
+        mutable = [name for name in variables if name != "params"]
+        return model.apply(variables, x, train=True, mutable=mutable)
+
+    return apply
+
+
+def flatten(state: TrainState) -> dict[str, np.ndarray]:
+    """The state as named host arrays, for a checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def sha256(state: TrainState) -> str:
+    """A digest of every name and bit of the state: equal for equal runs."""
+    digest = hashlib.sha256()
+    for name, array in sorted(flatten(state).items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def unflatten(arrays: dict[str, np.ndarray], like: TrainState, source: str) -> TrainState:
+    """The state that `flatten` gave, with the structure of `like`.
+
+    Raises:
+      CarouselError: names, shapes or types differ from those of `like`; nothing is half restored.
+    """
+    paths, treedef = jax.tree_util.tree_flatten_with_path(like)
+    expected = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    odd = sorted(expected.keys() ^ arrays.keys()) or sorted(
+        name
+        for name, leaf in expected.items()
+        if arrays[name].shape != leaf.shape or arrays[name].dtype != np.dtype(leaf.dtype)
+    )
+    if odd:
+        raise CarouselError(
+            f"{source} does not hold this run's state: {odd[0]} is missing, extra, or of another shape or type "
+            f"({len(odd)} such arrays); choose another --workdir or delete the run folder"
+        )
+    return treedef.unflatten([arrays[name] for name in expected])

@@ -1,0 +1,86 @@
+"""The one training step, whole stretches of it as one program, and evaluation. Pure functions; see `parallel`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from research.training.state import TrainState
+
+Data = dict[str, jax.Array]
+
+
+def make_stretch(
+    loss: Callable, optimizer: optax.GradientTransformation, schedule: optax.Schedule, axis_name: str | None
+) -> Callable[[TrainState, Data, jax.Array, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
+    """A function `(state, data, indices, key) -> (state, metrics)` that takes as many steps as `indices` has rows.
+
+    `data` holds the whole data set; `indices` `[steps, batch]` choose the examples of each step. With an axis name it
+    is to be mapped over devices: indices hold this device's share of each batch, and gradients and metrics are averaged
+    over the axis. They travel as one vector, since XLA:CPU does not merge collectives.
+
+    The metrics come back stacked, `[steps]`: the task's own, `gradient_norm` (of the loss without weight decay) and
+    `learning_rate`.
+    """
+
+    def step(state, data, indices, key):
+        batch = {name: array[indices] for name, array in data.items()}
+        (_, (collections, metrics)), gradients = jax.value_and_grad(
+            lambda params: loss({**state.variables, "params": params}, batch, example_keys(indices, state.step, key)),
+            has_aux=True,
+        )(state.params)
+        if axis_name is not None:
+            # The gradient of each device's own loss, averaged after: right because check_vma is off (`parallel`).
+            vector, unravel = ravel_pytree((gradients, metrics))
+            gradients, metrics = unravel(lax.pmean(vector, axis_name))
+        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["learning_rate"] = schedule(state.step)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, collections, opt_state), metrics
+
+    def example_keys(indices, step, key):
+        # A key belongs to a place in the global batch, so that augmentation does not depend on the number of devices.
+        share = indices.shape[0]
+        first = 0 if axis_name is None else lax.axis_index(axis_name) * share
+        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(first + jnp.arange(share))
+
+    def stretch(state, data, indices, key):
+        return lax.scan(lambda state, row: step(state, data, row, key), state, indices)
+
+    return stretch
+
+
+@partial(jax.jit, static_argnames=("steps", "batch_size", "examples"))
+def shuffled_indices(key: jax.Array, first_step: jax.Array, *, steps: int, batch_size: int, examples: int) -> jax.Array:
+    """Which examples the steps `first_step, ..., first_step + steps - 1` see: `[steps, batch_size]`, int32.
+
+    The stream of examples is one random permutation after another (epoch e is drawn from `fold_in(key, e)`); step t
+    takes places t batch_size and following. A batch may span two epochs; no example is left out of any epoch.
+    """
+    epochs = -(-steps * batch_size // examples) + 1
+    # Whole epochs passed and places passed in the current one, without forming step * batch_size, which can overflow.
+    steps_per_cycle = examples  # examples steps are batch_size whole epochs
+    cycle, rest = first_step // steps_per_cycle, first_step % steps_per_cycle
+    first_epoch = cycle * batch_size + (rest * batch_size) // examples
+    offset = (rest * batch_size) % examples
+    permutations = jax.vmap(
+        lambda e: jax.random.permutation(
+            jax.random.fold_in(key, first_epoch + e), jnp.arange(examples, dtype=jnp.int32)
+        )
+    )(jnp.arange(epochs))
+    return lax.dynamic_slice(permutations.reshape(-1), (offset,), (steps * batch_size,)).reshape(steps, batch_size)
+
+
+def make_evaluation(evaluate: Callable) -> Callable[[Any, Data, jax.Array, jax.Array], dict[str, jax.Array]]:
+    """A function `(variables, data, indices, mask) -> sums` for one batch of examples, `indices` and `mask` `[batch]`."""
+
+    def evaluation(variables, data, indices, mask):
+        return evaluate(variables, {name: array[indices] for name, array in data.items()} | {"mask": mask})
+
+    return evaluation
