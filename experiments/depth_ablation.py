@@ -9,7 +9,8 @@ by 10 at 32k and 48k, weight decay 1e-4, and for 110 layers a warm-up.
 
 Differences from the paper: the warm-up lasts 400 iterations (the paper: until the training error is below 80%, 'about
 400'); one network trains on all devices with synchronised BatchNorm (the paper: two GPUs, unsynchronised); momentum is
-in PyTorch's form; the default run is a scaled one (digits, 30 epochs, drops at the same fractions of the schedule).
+in PyTorch's form; the last model is reported, none is chosen. The default run is scaled down: digits, width 8, 15
+epochs, the learning rate dropped at the same fractions of the run.
 """
 
 import dataclasses
@@ -17,41 +18,59 @@ import functools
 import math
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from experiments.depth_report import report
 from experiments.runner import Experiment, main, option
 from research.data.images import TRAIN_EXAMPLES
 from research.errors import UsageError
 
-# FACTS of He et al. 2015, Table 6: depth -> parameters as printed, test error in percent (of the best run at 110).
-PAPER = {20: (".27M", 8.75), 32: (".46M", 7.51), 44: (".66M", 7.17), 56: (".85M", 6.97), 110: ("1.7M", 6.43), 1202: ("19.4M", 7.93)}  # fmt: skip
-DEFAULT_EPOCHS = {"digits": 30, "mnist": 2, "cifar10": 10}
-DATASETS = tuple(DEFAULT_EPOCHS)
+# What a data set is trained with unless flags say otherwise: sized for minutes (CIFAR-10: an hour) on two cores.
+DEFAULTS = {
+    "digits": {"width": 8, "epochs": 15},
+    "mnist": {"width": 8, "epochs": 2},
+    "cifar10": {"width": 16, "epochs": 10},
+}
+_AUGMENTATIONS = ("auto", "none", "crop", "crop_and_flip")
+_PARALLEL = ("auto", "pmap", "jit", "shard_map")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The flags."""
 
-    dataset: str = option("digits", "What to classify; digits are embedded, the others are read from --data_dir.", choices=DATASETS)  # fmt: skip
+    dataset: str = option(
+        "digits", "What to classify; digits are embedded, the others are read from --data_dir.", choices=tuple(DEFAULTS)
+    )
     data_dir: str | None = option(None, "Folder of the data set's original files (default: ./data).")
     depths: tuple[int, ...] = option((8, 20, 56), "Layers, each 6n+2.")
     blocks: tuple[str, ...] = option(("plain", "residual"), "Kinds of block.", choices=("plain", "residual"))
-    seeds: tuple[int, ...] = option((0,), "One run of every network per seed.")
-    width: int = option(16, "Channels of the first stage (16 in the paper); doubled in each further stage.")
-    epochs: int | None = option(None, "Passes over the training set (default: 30 on digits, 2 on mnist, 10 on cifar10).")
-    steps: int | None = option(None, "Optimiser steps, instead of --epochs.")
-    batch_size: int = option(128, "Examples a step, over all devices.")
+    seeds: tuple[int, ...] = option((0,), "One run of every network per seed.", minimum=0)
+    width: int | None = option(
+        None, "Channels of the first stage (default: 16 as in the paper, 8 on digits and mnist).", minimum=1
+    )
+    epochs: int | None = option(
+        None, "Passes over the training set (default: 15 on digits, 2 on mnist, 10 on cifar10).", minimum=1
+    )
+    steps: int | None = option(None, "Optimiser steps, instead of --epochs.", minimum=1)
+    batch_size: int = option(128, "Examples a step, over all devices.", minimum=1)
     learning_rate: float = option(0.1, "Divided by 10 after 1/2 and 3/4 of the steps.")
-    weight_decay: float = option(1e-4, "L2 penalty of every parameter.")
-    warmup_steps: int = option(10, "First steps at a tenth of the learning rate.")
-    warmup_from_depth: int = option(0, "Only networks at least this deep warm up.")
-    augmentation: str = option("auto", "Training images: random crops (padding 4) and mirror images; auto is crop_and_flip on cifar10 and none elsewhere.", choices=("auto", "none", "crop", "crop_and_flip"))  # fmt: skip
-    evaluations: int = option(15, "How often, evenly spread, the validation and test errors are measured.")
-    steps_per_call: int = option(10, "Steps of one compiled stretch, and the interval of the logged training error.")
-    parallel: str = option("auto", "How a step is spread over devices; auto: jit on one, pmap on several.", choices=("auto", "pmap", "jit", "shard_map"))  # fmt: skip
-    devices: int | None = option(None, "How many devices; on the CPU these are made (default there: 1, else all).")
+    weight_decay: float = option(1e-4, "L2 penalty of every parameter.", minimum=0)
+    warmup_steps: int = option(10, "First steps at a tenth of the learning rate.", minimum=0)
+    warmup_from_depth: int = option(0, "Only networks at least this deep warm up.", minimum=0)
+    augmentation: str = option(
+        "auto",
+        "Random crops (padding 4), mirror images; auto: both on cifar10, none elsewhere.",
+        choices=_AUGMENTATIONS,
+    )
+    evaluations: int = option(10, "How often, evenly spread, validation and test errors are measured.", minimum=1)
+    steps_per_call: int = option(10, "Steps of a compiled stretch; interval of the logged training error.", minimum=1)
+    parallel: str = option(
+        "auto", "How a step is spread over devices; auto: jit on one, pmap on several.", choices=_PARALLEL
+    )
+    devices: int | None = option(
+        None, "How many devices (default: all; on the CPU, where any number can be made, 1).", minimum=1
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,25 +101,19 @@ class Cell:
 
 def cells(config: Config) -> list[Cell]:
     """The grid: blocks x depths x seeds."""
-    for depth in config.depths:
-        if depth < 8 or (depth - 2) % 6:
-            below = max(8, depth - (depth - 2) % 6)
-            raise UsageError(f"--depths: {depth} is not 6n+2 (three stages of n two-layer blocks); try {below} or {below + 6}")  # fmt: skip
-    examples = TRAIN_EXAMPLES[config.dataset]
-    for name in ("width", "batch_size", "evaluations", "steps_per_call"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name}={getattr(config, name)}: give at least 1")
-    for name in ("epochs", "steps", "devices"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UsageError(f"--{name}={getattr(config, name)}: give at least 1")
-    if config.batch_size > examples:
-        raise UsageError(
-            f"--batch_size={config.batch_size} is larger than the {examples} training images of {config.dataset}: "
-            "give at most that"
-        )
+    from research.models import cifar_resnet
+
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise UsageError(f"--learning_rate={config.learning_rate}: give a positive number")
-    epochs = config.epochs or DEFAULT_EPOCHS[config.dataset]
+    examples = TRAIN_EXAMPLES[config.dataset]
+    if config.batch_size > examples:
+        raise UsageError(
+            f"--batch_size={config.batch_size}: {config.dataset} has {examples} training images, give fewer"
+        )
+    width = config.width or DEFAULTS[config.dataset]["width"]
+    for depth in config.depths:
+        cifar_resnet(depth, width=width)  # raises where there is no such network
+    epochs = config.epochs or DEFAULTS[config.dataset]["epochs"]
     steps = config.steps or max(1, round(epochs * examples / config.batch_size))
     # Whole stretches between evaluations, so that one compiled program serves all of the run.
     stretches = max(1, round(steps / config.evaluations / config.steps_per_call))
@@ -112,7 +125,7 @@ def cells(config: Config) -> list[Cell]:
             dataset=config.dataset,
             block=block,
             depth=depth,
-            width=config.width,
+            width=width,
             seed=seed,
             steps=steps,
             batch_size=config.batch_size,
@@ -201,99 +214,6 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     }
 
 
-def report(workdir: Path, names: list[str]) -> None:
-    """Makes `summary.csv`, the tables on standard output and `figures/`, from the run folders."""
-    from research.analysis import figures, results, tables
-
-    runs = results.read_runs(workdir / "runs" / name for name in names)
-    tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
-    unfinished = len(names) - len(runs)
-    missing = f"; {unfinished} of {len(names)} cells are not finished" if unfinished else ""
-    networks = results.group(runs, lambda run: (run.config["block"], run.config["depth"], run.config["width"]))
-    print(tables.render(f"\n{runs[0].config['dataset']}: final errors{missing}", [_row(*item) for item in networks.items()]))
-    if paper := _beside_paper(networks):
-        print(tables.render("\nBeside the paper (CIFAR-10, width 16)", paper))
-
-    def by(block):
-        return [run for run in runs if run.config["block"] == block]
-
-    def depth(run):
-        return run.config["depth"]
-
-    blocks = list(results.group(runs, lambda run: run.config["block"]))
-    made_from = figures.provenance(runs)
-    curves = {f"{block}, {runs[0].config['dataset']}": by(block) for block in blocks}
-    against = {block: results.group(by(block), depth) for block in blocks}
-    deepest = max(depth(run) for run in runs)
-    signals = {block: next((run for run in by(block) if depth(run) == deepest), None) for block in blocks}
-    signals = {block: run.read_json("signal.json") for block, run in signals.items() if run}
-    written = []
-    for name, figure in (
-        ("error_curves", figures.error_curves(curves, depth, lambda value: f"{value} layers")),
-        ("error_against_depth", figures.error_against(against, "layers", {"train_error": "training error", "test_error": "test error"})),  # fmt: skip
-        ("signal", figures.signal_propagation({name: found for name, found in signals.items() if found}, deepest)),
-    ):
-        written += figures.save(figure, workdir / "figures" / name, made_from)
-    print(f"\nwritten: {workdir / 'summary.csv'}, " + ", ".join(str(path) for path in written))
-
-
-def _summary(run) -> dict[str, Any]:
-    keys = ("dataset", "block", "depth", "width", "seed", "steps", "batch_size", "learning_rate", "augmentation")
-    measured = ("params", "train_error", "validation_error", "test_error", "train_loss", "validation_loss", "test_loss")
-    seconds = run.result.get("seconds", dict.fromkeys(("compile", "train", "evaluate", "checkpoint"), 0.0))
-    return {
-        **{name: run.config[name] for name in keys},
-        **{name: run.result.get(name) for name in measured},
-        **{f"{name}_seconds": value for name, value in seconds.items()},
-        "seconds": sum(seconds.values()),
-        "examples_per_second": run.result.get("examples_per_second"),
-        "failure": run.result.get("failure", ""),
-        "final_state_sha256": run.result.get("final_state_sha256", ""),
-    }
-
-
-def _row(network, runs) -> dict[str, Any]:
-    from research.analysis.results import spread
-
-    block, depth, width = network
-    speed = spread(run.result.get("examples_per_second") for run in runs).mean
-    errors = {f"{s} error": spread(run.result.get(f"{s}_error") for run in runs).percent() for s in ("train", "validation", "test")}  # fmt: skip
-    return {
-        "block": block,
-        "layers": str(depth),
-        "width": str(width),
-        "parameters": runs[0].result.get("params", "-"),
-        "runs": len(runs),
-        **errors,
-        "steps": runs[0].config["steps"],
-        "seconds": f"{sum(sum(run.result.get('seconds', {}).values()) for run in runs):.1f}",
-        "examples/s": "-" if math.isnan(speed) else f"{speed:,.0f}",
-    }
-
-
-def _beside_paper(networks) -> list[dict[str, Any]]:
-    """A row for each network that is the paper's: residual or plain, CIFAR-10, width 16, a depth of its Table 6."""
-    from research.analysis.results import spread
-
-    rows = []
-    for (block, depth, width), runs in networks.items():
-        if runs[0].config["dataset"] == "cifar10" and width == 16 and depth in PAPER:
-            params, error = PAPER[depth]
-            rows.append(
-                {
-                    "block": block,
-                    "layers": str(depth),
-                    "parameters, paper": params,
-                    "here": runs[0].result.get("params", "-"),
-                    "test error, paper": f"{error}%" if block == "residual" else "curves only",
-                    "here ": spread(run.result.get("test_error") for run in runs).percent(),
-                    "steps, paper": 64_000,
-                    "here  ": runs[0].config["steps"],
-                }
-            )
-    return rows
-
-
 EXPERIMENT = Experiment(
     name="depth_ablation",
     config=Config,
@@ -303,6 +223,7 @@ EXPERIMENT = Experiment(
     presets={
         "he2015": {
             "dataset": "cifar10",
+            "width": 16,
             "depths": (20, 32, 44, 56, 110),
             "steps": 64_000,
             "batch_size": 128,

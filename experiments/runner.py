@@ -19,16 +19,26 @@ from absl import app, flags
 from research.errors import CarouselError, Interrupted, UsageError
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), identity: bool = True) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    identity: bool = True,
+) -> Any:
     """A field of a Config or a cell.
 
     Args:
       default: its type is the flag's (a tuple is a comma-separated list); None needs the annotation `int | None` etc.
       help: the flag's help text.
       choices: the values a string may take; for a tuple, each of its elements.
+      minimum: the smallest value allowed; for a tuple, each of its elements.
       identity: False for what does not change a cell's result (where the data lies, how many devices).
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "identity": identity})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "identity": identity}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,21 +171,24 @@ def _exclusive_of(experiment: Experiment, names: Mapping[str, Any]) -> set[str]:
 
 
 def _read(field: dataclasses.Field, value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    convert = int if "int" in str(field.type) else str
-    try:
-        read = tuple(convert(part) for part in value)
-    except ValueError:
-        raise UsageError(f"--{field.name}={','.join(value)} is not a list of whole numbers: write --{field.name}=1,2,3")
-    choices = field.metadata["choices"]
-    for part in read:
+    """The value of a field from that of its flag, within the field's choices and bounds."""
+    shown = f"--{field.name}={','.join(value) if isinstance(value, list) else value}"
+    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
+    read = value
+    if isinstance(value, list):
+        try:
+            read = tuple((int if "int" in str(field.type) else str)(part) for part in value)
+        except ValueError:
+            raise UsageError(f"{shown} is not a list of whole numbers: write --{field.name}=1,2,3") from None
+        if not read:
+            raise UsageError(f"{shown} is empty: give at least one value")
+        if len(set(read)) < len(read):
+            raise UsageError(f"{shown} names a value twice: give each once")
+    for part in read if isinstance(read, tuple) else (read,):
         if choices and part not in choices:
-            raise UsageError(f"--{field.name}={','.join(value)}: {part!r} is unknown; choose from {', '.join(choices)}")
-    if not read:
-        raise UsageError(f"--{field.name} is empty: give at least one value")
-    if len(set(read)) < len(read):
-        raise UsageError(f"--{field.name}={','.join(value)} names a value twice: give each once")
+            raise UsageError(f"{shown}: {part!r} is unknown; choose from {', '.join(choices)}")
+        if minimum is not None and part is not None and not part >= minimum:
+            raise UsageError(f"{shown}: give at least {minimum}")
     return read
 
 

@@ -1,1 +1,1 @@
-"""carousel: why deep and recurrent networks train. Pure functions, models and one trainer; flags live in experiments/."""
+"""carousel: why deep and recurrent networks train. Pure functions, models, one trainer; flags live in experiments/."""

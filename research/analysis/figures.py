@@ -7,7 +7,7 @@ Okabe and Ito's palette, which survives colour blindness; line styles and marker
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -16,12 +16,14 @@ matplotlib.use("Agg")  # before pyplot: no window, no display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from research.analysis.results import Run, group, spread
+from research.analysis.results import Run, spread
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
+_DASHED = (0, (3, 1.5))
 _STYLE = {
     "font.size": 9,
     "axes.grid": True,
@@ -41,11 +43,19 @@ _STYLE = {
 }
 
 
-def new(columns: int, rows: int = 1, *, width: float = 3.6, height: float = 3.0, **options) -> tuple[Figure, list[Axes]]:
-    """An empty figure of `rows x columns` panels, each `width x height` inches, and its panels row by row."""
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+styled = matplotlib.rc_context(_STYLE)  # a decorator: the house style for the length of a call, nothing global
+
+
+def new(columns: int, rows: int = 1, *, width: float = 3.6, height: float = 3.0, **options):
+    """An empty figure of `rows x columns` panels of `width x height` inches, and the panels in a list, row by row."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
     return figure, list(axes.flat)
+
+
+def legend_below(figure: Figure, axis: Axes) -> None:
+    """One legend for all panels, under them, where it hides no curve; entries are those of `axis`."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
 
 
 def provenance(runs: Sequence[Run]) -> dict[str, str]:
@@ -63,6 +73,7 @@ def _commit(run: Run) -> str:
     return f"{source.get('commit') or 'unknown'}{' (with changes)' if source.get('dirty') else ''}"
 
 
+@styled
 def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]:
     """Writes `path.png` and `path.svg` with the provenance in their metadata, each in one move, and closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,8 +86,7 @@ def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]
     for suffix, values in metadata.items():
         target = path.with_suffix(f".{suffix}")
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with matplotlib.rc_context(_STYLE):
-            figure.savefig(temporary, format=suffix, metadata=values)
+        figure.savefig(temporary, format=suffix, metadata=values)
         temporary.replace(target)
         written.append(target)
     plt.close(figure)
@@ -88,69 +98,65 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def error_curves(panels: Mapping[str, Sequence[Run]], key, label) -> Figure:
+@styled
+def error_curves(panels: Mapping[str, Sequence[Run]], key: Callable[[Run], int], unit: str) -> Figure:
     """Error against step, one panel a name, side by side on one scale: He et al. 2015, Figure 6.
 
     Thin dashed lines are the training error (of minibatches, averaged over the logging interval), thick ones the test
-    error. Runs of equal `key(run)` (seeds) share a colour, named by `label(key)`.
+    error. Runs of equal `key(run)` (seeds) share a colour and a marker, named by the key and the unit.
     """
-    figure, axes = new(len(panels), width=4.2, sharey=True)
-    keys = list(dict.fromkeys(key(run) for runs in panels.values() for run in runs))
+    figure, axes = new(len(panels), width=4.2, height=3.3, sharey=True)
+    keys = sorted({key(run) for runs in panels.values() for run in runs})
     for axis, (name, runs) in zip(axes, panels.items(), strict=True):
-        for value, same in group(runs, key).items():
-            colour = COLOURS[keys.index(value) % len(COLOURS)]
-            marker = MARKERS[keys.index(value) % len(MARKERS)]
-            for number, run in enumerate(same):
-                steps, errors = run.series("error")
-                axis.plot(steps, [100 * e for e in errors], color=colour, linewidth=0.8, linestyle=(0, (3, 1.5)))
-                steps, errors = run.series("test_error")
-                axis.plot(
-                    steps,
-                    [100 * e for e in errors],
-                    color=colour,
-                    marker=marker,
-                    markersize=3.5,
-                    label=label(value) if number == 0 else None,
-                )
-        axis.set(title=name, xlabel="step", ylim=(0, None))
-        axis.margins(x=0.01)
-    axes[0].set_ylabel("error (%)")
-    axes[-1].plot([], [], color="0.4", linewidth=0.8, linestyle=(0, (3, 1.5)), label="training error")
-    axes[-1].plot([], [], color="0.4", label="test error")
-    for axis in axes:
-        axis.legend(loc="upper right")
+        for run in runs:
+            number = keys.index(key(run))
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            steps, errors = run.series("error")
+            axis.plot(steps, [100 * e for e in errors], color=colour, linewidth=0.8, linestyle=_DASHED)
+            steps, errors = run.series("test_error")
+            axis.plot(steps, [100 * e for e in errors], color=colour, marker=marker, markersize=3.5)
+        axis.set(title=name, xlabel="step")
+        axis.margins(x=0.02)
+    axes[0].set(ylabel="error (%)", ylim=(0, None))
+    for number, value in enumerate(keys):
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        axes[0].plot([], [], markersize=3.5, label=f"{value} {unit}", **style)
+    axes[0].plot([], [], color="0.4", linewidth=0.8, linestyle=_DASHED, label="training error")
+    axes[0].plot([], [], color="0.4", label="test error")
+    legend_below(figure, axes[0])
     return figure
 
 
+@styled
 def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str, metrics: Mapping[str, str]) -> Figure:
     """Final error against a number such as depth: one panel a metric (`result key -> title`), one line a group.
 
-    Points are means over seeds, bars one standard deviation.
+    Points are means over seeds, bars one standard deviation, where there are several.
     """
-    figure, axes = new(len(metrics), sharey=True)
+    figure, axes = new(len(metrics), height=3.2, sharey=True)
+    ticks = sorted({x for by_x in groups.values() for x in by_x})
     for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
-        ticks = sorted({x for by_x in groups.values() for x in by_x})
         for number, (name, by_x) in enumerate(groups.items()):
             points = {x: spread(run.result.get(metric) for run in runs) for x, runs in sorted(by_x.items())}
             points = {x: point for x, point in points.items() if point.n}
+            several = any(point.n > 1 for point in points.values())
             axis.errorbar(
                 [ticks.index(x) for x in points],
                 [100 * point.mean for point in points.values()],
-                yerr=[100 * point.std if point.n > 1 else 0 for point in points.values()],
-                color=COLOURS[number],
-                marker=MARKERS[number],
-                linestyle="-" if number else "--",
-                markersize=5,
+                yerr=[100 * point.std if point.n > 1 else 0 for point in points.values()] if several else None,
                 capsize=3,
-                label=name,
+                markersize=5,
+                label=f"{name} (n = {'-'.join(map(str, sorted({point.n for point in points.values()})))})",
+                **_line(number),
             )
-        axis.set(title=title, xlabel=xlabel, ylim=(0, None), xticks=range(len(ticks)), xticklabels=ticks)
+        axis.set(title=title, xlabel=xlabel, xticks=range(len(ticks)), xticklabels=ticks)
         axis.margins(x=0.08)
-        axis.legend()
-    axes[0].set_ylabel("error (%)")
+    axes[0].set(ylabel="error (%)", ylim=(0, None))
+    legend_below(figure, axes[0])
     return figure
 
 
+@styled
 def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], depth: int) -> Figure:
     """How activations and gradients change from the first layer to the last, before training and after.
 
@@ -159,18 +165,26 @@ def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[
       depth: layers of the networks, for the title.
     """
     panels = {
-        "activation_variance": ("variance of the activations", "convolution"),
-        "weight_gradient_norm": ("norm of dL/dW", "convolution"),
-        "block_input_gradient_norm": ("norm of dL/dx at the block's input", "block"),
+        "output_variance": ("variance of the block's output", "block"),
+        "weight_gradient_norm": (r"$\Vert dL/dW \Vert$ of the convolution", "convolution"),
+        "block_input_gradient_norm": (r"$\Vert dL/dx \Vert$ at the block's input", "block"),
     }
     moments = {"initial": "at initialisation", "final": "after training"}
-    figure, axes = new(len(panels), len(moments), height=2.6)
+    figure, axes = new(len(panels), len(moments), height=2.7)
     for row, (moment, when) in enumerate(moments.items()):
         for axis, (statistic, (title, xlabel)) in zip(axes[row * len(panels) :], panels.items(), strict=False):
             for number, (name, found) in enumerate(signals.items()):
                 values = found[moment][statistic]
-                style = {"color": COLOURS[number], "linestyle": "-" if number else "--", "marker": MARKERS[number]}
-                axis.plot(range(1, len(values) + 1), values, markersize=2.5, label=name, **style)
-            axis.set(yscale="log", xlabel=xlabel, ylabel=f"{title}", title=f"{depth} layers, {when}")
-            axis.legend()
+                axis.plot(range(1, len(values) + 1), values, markersize=2.5, label=name, **_line(number))
+            axis.set(yscale="log", xlabel=xlabel, ylabel=title, title=f"{depth} layers, {when}")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.locator_params(axis="x", integer=True)
+    legend_below(figure, axes[0])
     return figure
+
+
+def _line(number: int) -> dict[str, str]:
+    """Colour, marker and dashes of the line of that number: told apart in grey as well."""
+    return {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": ("--", "-", "-.", ":")[number % 4]}

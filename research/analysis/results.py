@@ -48,7 +48,9 @@ def read_run(path: Path) -> Run:
             digest.update(text)
             contents.append([json.loads(line) for line in text.splitlines()] if name[-1] == "l" else json.loads(text))
     except (OSError, ValueError) as error:
-        raise CarouselError(f"{path / name}: cannot be read as part of a finished run ({error}); run its cell again")
+        raise CarouselError(
+            f"{path / name}: not readable as part of a finished run ({error}); run its cell again"
+        ) from None
     return Run(path, *contents[:3], metrics=contents[3], sha256=digest.hexdigest())
 
 
@@ -61,7 +63,9 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     paths = list(paths)
     runs = [read_run(path) for path in paths if (path / "result.json").exists()]
     if not runs:
-        raise CarouselError(f"no finished run among the {len(paths)} asked for, such as {paths[0]}; run without --report_only")
+        raise CarouselError(
+            f"no finished run among the {len(paths)} asked for, such as {paths[0]}; run without --report_only"
+        )
     return runs
 
 

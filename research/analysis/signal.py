@@ -27,9 +27,10 @@ def propagation(model: Any) -> Callable[[Any, jax.Array, jax.Array], dict[str, l
 
     Returns:
       A function `(variables, images, labels) -> statistics` of a prepared batch `[batch, height, width, channels]` and
-      its labels `[batch]`. The statistics are `activation_variance` and `response_std` (after BatchNorm, before the sum
-      and the ReLU) and `weight_gradient_norm`, one number a convolution in the blocks, and `block_input_gradient_norm`,
-      one a block: the L2 norm over the batch of dL/dx, L the batch's mean cross-entropy and x what enters the block.
+      its labels `[batch]`. One number a block: `output_variance`, of its activations, and `block_input_gradient_norm`,
+      the L2 norm over the batch of dL/dx, L the batch's mean cross-entropy and x what enters the block. One number a
+      convolution in the blocks: `response_std`, after BatchNorm and before the sum and the ReLU (the 'layer response'
+      of He et al. 2015, Figure 7), and `weight_gradient_norm`, of dL/dW.
     """
 
     @jax.jit
@@ -50,9 +51,11 @@ def propagation(model: Any) -> Callable[[Any, jax.Array, jax.Array], dict[str, l
         found = jax.device_get(reduced(variables, images, labels))
         blocks = {name: unstack_blocks(tree) for name, tree in found.items()}
         return {
-            "activation_variance": _floats(b[name] for b in blocks["variance"] for name in ("activation1", "output")),
+            "output_variance": _floats(b["output"] for b in blocks["variance"]),
             "response_std": _floats(b[name] for b in blocks["std"] for name in ("response1", "response2")),
-            "weight_gradient_norm": _floats(b[conv]["kernel"] for b in blocks["weights"] for conv in ("conv1", "conv2")),
+            "weight_gradient_norm": _floats(
+                b[conv]["kernel"] for b in blocks["weights"] for conv in ("conv1", "conv2")
+            ),
             "block_input_gradient_norm": _floats(b["input"] for b in blocks["gradient"]),
         }
 

@@ -32,7 +32,9 @@ def describe(name: str, input_shape: tuple[int, ...], layers: Sequence[Layer]) -
     ]
     total = totals(layers)
     last = {"layer": "total", "kind": f"{total['weight_layers']} weight layers", "x": "", "output": ""}
-    rows.append(last | {"activations": total["activations"], "parameters": total["parameters"], "multiply-adds": total["macs"]})
+    rows.append(
+        last | {"activations": total["activations"], "parameters": total["parameters"], "multiply-adds": total["macs"]}
+    )
     memory = [f"{4 * total[part] / 2**20:,.1f} MiB of {part}" for part in ("parameters", "activations")]
     shape = "x".join(map(str, input_shape))
     return render(f"{name}, input {shape}", rows) + f"\n\nfloat32, one example, forward: {', '.join(memory)}"

@@ -1,8 +1,8 @@
 """Residual networks and their plain counterparts, He et al. 2015, "Deep Residual Learning for Image Recognition".
 
-A network is a table: the number of blocks and the width of each stage. The blocks of a stage after its first are alike
-and run under `nn.scan`, so that tracing and compiling 1,202 layers costs about what compiling 20 does; their parameters
-carry a leading axis of blocks. Parameter names (`stem_conv`, `stage1_first`, `stage1_rest`, ..., `head`) are a contract.
+A network is a table: the number of blocks and the width of each stage. The blocks of a stage after its first are
+alike and run under `nn.scan`, so that compiling 1,202 layers costs about what compiling 20 does; their parameters carry
+a leading axis of blocks. Parameter names (`stem_conv`, `stage1_first`, `stage1_rest`, ..., `head`) are a contract.
 
 Differences from the paper: none known in the architecture. The paper does not say whether its initialisation counts
 fan-in or fan-out; this is fan-in. BatchNorm's running averages use momentum 0.9 per step, and epsilon 1e-5.
@@ -101,7 +101,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits `[batch, num_classes]` of images `[batch, height, width, channels]`."""
-        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name)
+        norm = partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name
+        )
         x = nn.relu(norm(name="stem_norm")(Conv3x3(self.width, name="stem_conv")(x)))
         for stage, blocks in enumerate(self.stage_sizes, start=1):
             features = self.width * 2 ** (stage - 1)
@@ -139,7 +141,9 @@ def cifar_resnet(
     blocks, remainder = divmod(depth - 2, 6)
     if remainder or blocks < 1:
         below = max(8, depth - (depth - 2) % 6)
-        raise UsageError(f"depth {depth} is not 6n+2 (three stages of n blocks of two layers): try {below} or {below + 6}")
+        raise UsageError(
+            f"depth {depth} is not 6n+2 (three stages of n blocks of two layers): try {below} or {below + 6}"
+        )
     if block not in ("plain", "residual"):
         raise UsageError(f"block {block!r} is unknown: choose plain or residual")
     if width < 1:
@@ -148,7 +152,7 @@ def cifar_resnet(
 
 
 def unstack_blocks(collection: Mapping[str, Any]) -> list[Any]:
-    """The blocks of a collection of a ResNet (parameters, gradients, intermediates) in order of depth, one tree each."""
+    """The blocks of a ResNet's collection (parameters, gradients, intermediates) in order of depth, one tree each."""
     blocks = []
     for stage in sorted({name.split("_")[0] for name in collection if name.startswith("stage")}):
         blocks.append(collection[f"{stage}_first"])

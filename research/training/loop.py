@@ -223,9 +223,7 @@ def _check(plan: Plan, splits: Splits, devices: int) -> None:
     if plan.steps < 1 or plan.steps_per_call < 1 or plan.evaluate_every < 1:
         raise UsageError("steps, steps_per_call and evaluate_every must be at least 1")
     if plan.batch_size > splits.train:
-        raise UsageError(
-            f"--batch_size={plan.batch_size} is larger than the training set of {splits.train} examples: give at most that"
-        )
+        raise UsageError(f"--batch_size={plan.batch_size} is larger than the training set: give at most {splits.train}")
     if plan.batch_size % devices:
         raise UsageError(
             f"--batch_size={plan.batch_size} does not divide by {devices} devices: give a multiple, or --devices=1"

@@ -78,7 +78,7 @@ def shuffled_indices(key: jax.Array, first_step: jax.Array, *, steps: int, batch
 
 
 def make_evaluation(evaluate: Callable) -> Callable[[Any, Data, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """A function `(variables, data, indices, mask) -> sums` for one batch of examples, `indices` and `mask` `[batch]`."""
+    """A function `(variables, data, indices, mask) -> sums` for one batch; `indices` and `mask` are `[batch]`."""
 
     def evaluation(variables, data, indices, mask):
         return evaluate(variables, {name: array[indices] for name, array in data.items()} | {"mask": mask})

@@ -1,0 +1,117 @@
+"""Tables and figures of the depth ablation, from its run folders alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from research.analysis import figures, results, tables
+from research.analysis.results import Run, spread
+
+# He et al. 2015, Table 6: depth -> parameters as printed, test error in percent (at 110 the best of five runs; their
+# mean is 6.61). For plain networks the paper shows curves only.
+PAPER = {
+    20: (".27M", 8.75),
+    32: (".46M", 7.51),
+    44: (".66M", 7.17),
+    56: (".85M", 6.97),
+    110: ("1.7M", 6.43),
+    1202: ("19.4M", 7.93),
+}
+_CONFIG = ("dataset", "block", "depth", "width", "seed", "steps", "batch_size", "learning_rate", "augmentation")
+_RESULT = ("params", "train_error", "validation_error", "test_error", "train_loss", "validation_loss", "test_loss")
+_SECONDS = ("compile", "train", "evaluate", "checkpoint")
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
+    runs = results.read_runs(workdir / "runs" / name for name in names)
+    networks = results.group(runs, lambda run: (run.config["block"], run.config["depth"], run.config["width"]))
+    tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
+    missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
+    dataset = runs[0].config["dataset"]
+    print(
+        tables.render(f"\n{dataset}: errors after the last step{missing}", [_row(*item) for item in networks.items()])
+    )
+    if beside := [_beside_paper(*item) for item in networks.items() if _is_papers(*item)]:
+        print(tables.render("\nthe paper | here (CIFAR-10, width 16)", beside))
+    written = _draw(runs, workdir / "figures")
+    print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(str(path) for path in written)}")
+
+
+def _draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    def depth(run):
+        return run.config["depth"]
+
+    blocks = results.group(runs, lambda run: run.config["block"])
+    deepest = max(depth(run) for run in runs)
+    probed = [run for run in runs if depth(run) == deepest and (run.path / "signal.json").exists()]
+    signals = {run.config["block"]: run.read_json("signal.json") for run in reversed(probed)}  # the first seed's
+    drawn = {
+        "error_curves": figures.error_curves(
+            {f"{block}, {same[0].config['dataset']}": same for block, same in blocks.items()}, depth, "layers"
+        ),
+        "error_against_depth": figures.error_against(
+            {block: results.group(same, depth) for block, same in blocks.items()},
+            "layers",
+            {"train_error": "training error", "test_error": "test error"},
+        ),
+    }
+    if signals:
+        in_order = {block: signals[block] for block in blocks if block in signals}
+        drawn["signal"] = figures.signal_propagation(in_order, deepest)
+    made_from = figures.provenance(runs)
+    return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """A row of `summary.csv`; a diverged run has `failure` and no numbers."""
+    seconds = run.result.get("seconds") or dict.fromkeys(_SECONDS)
+    return {
+        **{name: run.config[name] for name in _CONFIG},
+        **{name: run.result.get(name) for name in _RESULT},
+        "seconds": sum(value for value in seconds.values() if value),
+        **{f"{name}_seconds": seconds[name] for name in _SECONDS},
+        "examples_per_second": run.result.get("examples_per_second"),
+        "failure": run.result.get("failure", ""),
+        "final_state_sha256": run.result.get("final_state_sha256", ""),
+    }
+
+
+def _row(network: tuple[str, int, int], runs: Sequence[Run]) -> dict[str, Any]:
+    block, depth, width = network
+    speed = spread(run.result.get("examples_per_second") for run in runs).mean
+    return {
+        "block": block,
+        "layers": str(depth),
+        "width": str(width),
+        "parameters": runs[0].result.get("params", "-"),
+        **{f"{s} error": _error(runs, f"{s}_error") for s in ("train", "validation", "test")},
+        "steps": runs[0].config["steps"],
+        "seconds": f"{sum(sum(run.result.get('seconds', {}).values()) for run in runs):.1f}",
+        "examples/s": "-" if math.isnan(speed) else f"{speed:,.0f}",
+    }
+
+
+def _error(runs: Sequence[Run], name: str) -> str:
+    return spread(run.result.get(name) for run in runs).percent()
+
+
+def _is_papers(network: tuple[str, int, int], runs: Sequence[Run]) -> bool:
+    _, depth, width = network
+    return runs[0].config["dataset"] == "cifar10" and width == 16 and depth in PAPER
+
+
+def _beside_paper(network: tuple[str, int, int], runs: Sequence[Run]) -> Mapping[str, Any]:
+    block, depth, _ = network
+    params, error = PAPER[depth]
+    return {
+        "block": block,
+        "layers": str(depth),
+        "parameters: paper": params,
+        "here": runs[0].result.get("params", "-"),
+        "test error: paper": f"{error}%" if block == "residual" else "curves only",
+        "here ": _error(runs, "test_error"),
+        "steps: paper": 64_000,
+        "here  ": runs[0].config["steps"],
+    }
