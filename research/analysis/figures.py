@@ -75,7 +75,7 @@ def _commit(run: Run) -> str:
 
 @styled
 def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]:
-    """Writes `path.png` and `path.svg` with the provenance in their metadata, each in one move, and closes the figure."""
+    """Writes `path.png` and `path.svg`, each in one move and with the provenance in its metadata; closes the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     description = json.dumps(made_from, sort_keys=True)
     metadata = {
