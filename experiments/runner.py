@@ -133,6 +133,9 @@ def _guarded(experiment: Experiment) -> int:
     except CarouselError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
+        return Interrupted.exit_code
     except OSError as error:
         if error.filename is None:
             raise
@@ -231,6 +234,10 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
     from research.training import environment, loop, run_folder
     from research.training.progress import Reporter
 
+    # As launch/run does, for those who call Python themselves; read when the first device is used.
+    os.environ.setdefault(
+        "NPROC", str(max(environment.usable_cores() or 1, 4 * devices if devices and devices > 1 else 1))
+    )
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
     if values.compilation_cache:

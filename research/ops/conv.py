@@ -122,17 +122,20 @@ def _kernel_jvp_by_shifts(x, dkernel, strides, padding):
                 y = term if y is None else y + term
         return y
 
-    # Only x itself is kept for the backward pass; the shifted copies are made again there.
-    product = jax.checkpoint(product, prevent_cse=False)
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def product_of_block(x, k, dkernel):
+        # Only x itself is kept for the backward pass; the blocks and their shifted copies are made again there.
+        return product(lax.dynamic_index_in_dim(x, k, axis=1, keepdims=False), dkernel)
+
     row_bytes = x.dtype.itemsize * (kernel_width * channels + kernel_height * features)
     rows = out_width * (x.shape[1] + top + bottom)
     block = _largest_divisor(batch, _BLOCK_BYTES // (rows * row_bytes))
     if block == batch:
-        return product(x, dkernel)
+        return jax.checkpoint(product, prevent_cse=False)(x, dkernel)
     # Block k holds the examples k, k + blocks, ...: a batch sharded over devices stays sharded inside every block.
     blocks = batch // block
     x = x.reshape(block, blocks, *x.shape[1:])
-    y = lax.map(lambda k: product(lax.dynamic_index_in_dim(x, k, axis=1, keepdims=False), dkernel), jnp.arange(blocks))
+    y = lax.map(lambda k: product_of_block(x, k, dkernel), jnp.arange(blocks))
     return jnp.swapaxes(y, 0, 1).reshape(batch, out_height, out_width, features)
 
 

@@ -56,7 +56,7 @@ def describe(command: list[str], data_checksums: dict[str, str]) -> dict[str, An
             "count": len(devices),
             "runtime": backend.get_backend().platform_version,
         },
-        "cpu": {"model": _cpu_model(), "instruction_set": isa(), "usable_cores": _usable_cores()},
+        "cpu": {"model": _cpu_model(), "instruction_set": isa(), "usable_cores": usable_cores()},
         "system": platform.platform(),
         "hostname": socket.gethostname(),
         "source": source_state(_ROOT),
@@ -144,7 +144,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _usable_cores() -> int | None:
+def usable_cores() -> int | None:
     # A cluster or a container may give a process fewer cores than the machine has; os.cpu_count() does not see that.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
 

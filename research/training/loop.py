@@ -208,6 +208,10 @@ def train(
             saved = save()
 
     evaluations = evaluate("train", "validation", "test")
+    shown = ", ".join(
+        f"{split} {metric} {value:.4g}" for split in evaluations for metric, value in evaluations[split].items()
+    )
+    reporter.note(f"{context.label}: done; {shown}")
     final = jax.device_get(current)
     return Outcome(
         initial=initial,

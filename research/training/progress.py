@@ -4,7 +4,7 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 # A line at most this often where the output is a file, in seconds.
 _LINE_EVERY = 10.0
@@ -17,12 +17,10 @@ class Reporter:
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self._live = self._console.is_terminal
         self._bar = Progress(
-            SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            BarColumn(bar_width=8),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
             console=self._console,
             transient=True,
             refresh_per_second=4,
@@ -54,14 +52,14 @@ class Reporter:
         taken = step - self._at
         self._seconds += seconds
         remaining = self._seconds / taken * (self._steps - step) if taken else 0.0
-        status = (
-            f"loss {metrics['loss']:.3f}  error {metrics['error']:.1%}  "
-            f"{examples_per_second:,.0f} examples/s  {_clock(remaining)} left"
-        )
-        self._bar.update(self._task, completed=step, status=status)
+        rate, left = f"{examples_per_second:,.0f}", _clock(remaining)
+        # Short, so that label, bar and status fit 80 columns.
+        short = f"loss {metrics['loss']:.3g} {metrics['error']:.1%} {rate}/s {left} left"
+        self._bar.update(self._task, completed=step, status=short)
         if not self._live and (time.monotonic() - self._last_line >= _LINE_EVERY or step == self._steps):
             self._last_line = time.monotonic()
-            self.note(f"{self._label}  step {step}/{self._steps}  {status}")
+            long = f"loss {metrics['loss']:.3g}  error {metrics['error']:.1%}  {rate} examples/s  {left} left"
+            self.note(f"{self._label}  step {step}/{self._steps}  {long}")
 
 
 def _clock(seconds: float) -> str:
