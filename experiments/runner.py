@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from research.errors import CarouselError, Interrupted, UsageError
 
@@ -75,37 +75,39 @@ def identity(cell: Any) -> dict[str, Any]:
 def main(experiment: Experiment) -> None:
     """Parses the command line, runs the experiment, exits with its code."""
     _define_flags(experiment)
+    logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which kinds of device the machine does not have
     app.run(lambda _: sys.exit(_guarded(experiment)), flags_parser=parse_flags)
 
 
 def _define_flags(experiment: Experiment) -> None:
+    # absl's --help lists the flags of the script that was started; these are its flags, wherever they are defined.
+    script = {"module_name": sys.argv[0]}
     for field in dataclasses.fields(experiment.config):
-        _define_flag(field)
-    flags.DEFINE_string("workdir", f"runs/{experiment.name}", "Folder of the run folders, tables and figures.")
-    flags.DEFINE_bool("smoke", False, "Every cell, tiny: seconds. For trying a command line, not for its numbers.")
-    flags.DEFINE_bool("report_only", False, "Make tables and figures again from finished run folders; train nothing.")
-    flags.DEFINE_string(
-        "compilation_cache",
-        os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "carousel"),
-        "Folder that keeps compiled programs between runs, one subfolder per versions and instruction set; empty: off.",
-    )
+        _define_flag(field, script)
+    workdir = f"runs/{experiment.name}"
+    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "carousel")
+    flags.DEFINE_string("workdir", workdir, "Folder of the run folders, tables and figures.", **script)
+    flags.DEFINE_bool("smoke", False, "Every cell, tiny: to try a command line, not for its numbers.", **script)
+    flags.DEFINE_bool("report_only", False, "Tables and figures again, from finished run folders.", **script)
+    flags.DEFINE_string("compilation_cache", cache, "Folder that keeps compiled programs; empty: off.", **script)
     if experiment.presets:
-        flags.DEFINE_enum("preset", None, sorted(experiment.presets), "A published recipe; other flags override it.")
+        recipes = sorted(experiment.presets)
+        flags.DEFINE_enum("preset", None, recipes, "A published recipe; other flags override it.", **script)
 
 
-def _define_flag(field: dataclasses.Field) -> None:
+def _define_flag(field: dataclasses.Field, script: Mapping[str, str]) -> None:
     kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
     help_text, choices = field.metadata["help"], list(field.metadata["choices"])
     kind = kind.replace(" | None", "")
     if kind.startswith("tuple"):
         if choices:
             help_text += f" Any of: {', '.join(choices)}."
-        flags.DEFINE_list(field.name, [str(value) for value in field.default], help_text)
+        flags.DEFINE_list(field.name, [str(value) for value in field.default], help_text, **script)
     elif choices:
-        flags.DEFINE_enum(field.name, field.default, choices, help_text)
+        flags.DEFINE_enum(field.name, field.default, choices, help_text, **script)
     else:
         define = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float, "bool": flags.DEFINE_bool}
-        define.get(kind, flags.DEFINE_string)(field.name, field.default, help_text)
+        define.get(kind, flags.DEFINE_string)(field.name, field.default, help_text, **script)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
