@@ -24,6 +24,7 @@ from experiments.depth_report import report
 from experiments.runner import Experiment, main, option
 from research.data.images import TRAIN_EXAMPLES
 from research.errors import UsageError
+from research.files import write_json_atomic
 
 # What a data set is trained with unless flags say otherwise: sized for minutes (CIFAR-10: an hour) on two cores.
 DEFAULTS = {
@@ -161,7 +162,6 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     from research.models import cifar_resnet
     from research.tasks.classification import classification
     from research.training import environment, loop, optimizers
-    from research.training.run_folder import write_json_atomic
 
     data = _data(cell.dataset, cell.data_dir)
     environment.record(context.folder.path, sys.argv, data.checksums, context.reporter.note)

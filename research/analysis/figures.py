@@ -4,9 +4,8 @@ Every file says in its own metadata what made it: the command and commit of the 
 Okabe and Ito's palette, which survives colour blindness; line styles and markers tell the same in print.
 """
 
-import hashlib
+import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from research.analysis.results import Run, spread
+from research.files import write_output
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -76,7 +76,6 @@ def _commit(run: Run) -> str:
 @styled
 def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]:
     """Writes `path.png` and `path.svg`, each in one move and with the provenance in its metadata; closes the figure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     description = json.dumps(made_from, sort_keys=True)
     metadata = {
         "png": {"Software": "carousel", "Description": description},
@@ -84,18 +83,12 @@ def save(figure: Figure, path: Path, made_from: Mapping[str, str]) -> list[Path]
     }
     written = []
     for suffix, values in metadata.items():
-        target = path.with_suffix(f".{suffix}")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        figure.savefig(temporary, format=suffix, metadata=values)
-        temporary.replace(target)
-        written.append(target)
+        content = io.BytesIO()
+        figure.savefig(content, format=suffix, metadata=values)
+        written.append(path.with_suffix(f".{suffix}"))
+        write_output(written[-1], content.getvalue())
     plt.close(figure)
     return written
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, to compare two makings of a figure."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @styled

@@ -25,7 +25,7 @@ import safetensors
 import safetensors.numpy
 
 from research.errors import CarouselError
-from research.training.run_folder import io_error, make_folder, sweep_temporaries, sync_folder, write_atomic
+from research.files import io_error, make_folder, sweep_temporaries, sync_folder, write_atomic
 
 BEST = "best.safetensors"
 

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 from jax.extend import backend
 
-from research.training.run_folder import ENVIRONMENT, differing_fields, read_json, write_json_atomic
+from research.files import read_json, write_json_atomic
+from research.training.run_folder import ENVIRONMENT, differing_fields
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "chex", "numpy")
 _VARIABLES = ("NPROC", "XLA_FLAGS")
