@@ -38,7 +38,7 @@ def make_stretch(
             # The gradient of each device's own loss, averaged after: right because check_vma is off (`parallel`).
             vector, unravel = ravel_pytree((gradients, metrics))
             gradients, metrics = unravel(lax.pmean(vector, axis_name))
-        metrics["gradient_norm"] = optax.global_norm(gradients)
+        metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = schedule(state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
