@@ -16,7 +16,6 @@ epochs, the learning rate dropped at the same fractions of the run.
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -161,14 +160,14 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     from research.analysis import signal
     from research.models import cifar_resnet
     from research.tasks.classification import classification
-    from research.training import environment, loop, optimizers
+    from research.training import loop, optimizers
 
     data = _data(cell.dataset, cell.data_dir)
-    environment.record(context.folder.path, sys.argv, data.checksums, context.reporter.note)
     parts = (data.train, data.validation, data.test)
     splits = loop.Splits(
         {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels")},
         *map(len, parts),
+        checksums=data.checksums,
     )
     mean = data.train.images.mean(axis=0, dtype=np.float64).astype(np.float32)
     crop, flip = (4 if "crop" in cell.augmentation else 0), "flip" in cell.augmentation

@@ -46,7 +46,7 @@ class Experiment:
     """One published comparison.
 
     Attributes:
-      name: of the default working folder.
+      name: of its module in `experiments`, and of the default working folder.
       config: frozen dataclass of `option` fields, the flags.
       cells: `config -> list of cells`, frozen dataclasses with a `name`, unique in the grid; raises UsageError.
       run: `(cell, context) -> result` as JSON-able values, with a `research.training.loop.Context`; may write further
@@ -247,6 +247,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    command = ("python", "-m", f"experiments.{experiment.name}", *sys.argv[1:])
     folders = [workdir / "runs" / cell.name for cell in cells]
     for cell, path in zip(cells, folders, strict=True):
         run_folder.check_config(path, identity(cell))  # all of them before the first is trained
@@ -263,7 +264,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
                     raise Interrupted(f"{workdir}: {done} of {len(cells)} cells are finished; the same command goes on")
                 with run_folder.open_run(path, identity(cell)) as folder:
                     try:
-                        result = experiment.run(cell, loop.Context(folder, label, reporter, stop))
+                        result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
                     except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted
                         result = {"failure": str(failure), "failed_at_step": failure.step}
                     folder.finish(result)

@@ -15,7 +15,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ _X86_INSTRUCTIONS = re.compile(
 _LEVELS = ("avx512f", "avx2", "avx", "sse4_2", "sse2", "sve2", "sve", "asimd")
 
 
-def describe(command: list[str], data_checksums: dict[str, str]) -> dict[str, Any]:
+def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[str, Any]:
     """Returns the content of environment.json; initialises JAX's backend.
 
     Args:
@@ -163,7 +163,7 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def record(folder: Path, command: list[str], data_checksums: dict[str, str], log: Callable[[str], None]) -> None:
+def record(folder: Path, command: Sequence[str], data_checksums: Mapping[str, str], log: Callable[[str], None]) -> None:
     """Writes environment.json of a run; warns where a run that goes on left the tuple within which bits are equal."""
     path, now = folder / ENVIRONMENT, describe(command, data_checksums)
     if path.exists():

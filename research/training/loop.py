@@ -13,7 +13,7 @@ import optax
 from flax import linen as nn
 
 from research.errors import CarouselError, Interrupted, UsageError
-from research.training import checkpoint, parallel, state, step
+from research.training import checkpoint, environment, parallel, state, step
 from research.training.evaluation import Evaluator
 from research.training.progress import Reporter
 from research.training.run_folder import RunFolder
@@ -56,12 +56,16 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """One data set on the host with its parts in a row: arrays `[examples, ...]`, training examples first."""
+    """One data set on the host with its parts in a row: arrays `[examples, ...]`, training examples first.
+
+    `checksums` (file name -> SHA-256) of the files that it was read from go into the run's record.
+    """
 
     arrays: Mapping[str, np.ndarray]
     train: int
     validation: int
     test: int
+    checksums: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def range(self, name: str) -> tuple[int, int]:
         first = {"train": 0, "validation": self.train, "test": self.train + self.validation}[name]
@@ -77,12 +81,14 @@ class Context:
       label: what to call the run on the screen.
       reporter: shows progress.
       should_stop: asked between stretches; True writes a checkpoint and raises `Interrupted`.
+      command: the words of the command line that started it, for the record.
     """
 
     folder: RunFolder
     label: str
     reporter: Reporter
     should_stop: Callable[[], bool] = lambda: False
+    command: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +145,7 @@ def train(
     _check(plan, splits, mesh.size)
     mode = parallel.choose_mode(plan.parallel, mesh.size)
     timers = _Timers()
+    environment.record(folder.path, context.command, splits.checksums, reporter.note)
 
     with timers("compile"):
         axis = parallel.axis_name(mode)
