@@ -159,7 +159,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
 
     from research.analysis import signal
     from research.models import cifar_resnet
-    from research.tasks.classification import classification
+    from research.tasks import classification
     from research.training import loop, optimizers
 
     data = _data(cell.dataset, cell.data_dir)
@@ -175,18 +175,10 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
         cell.learning_rate, drops=(cell.steps // 2, cell.steps * 3 // 4), warmup_steps=cell.warmup_steps
     )
     make_model = functools.partial(cifar_resnet, cell.depth, cell.block, cell.width, data.num_classes)
-    plan = loop.Plan(
-        seed=cell.seed,
-        steps=cell.steps,
-        batch_size=cell.batch_size,
-        steps_per_call=cell.steps_per_call,
-        evaluate_every=cell.evaluate_every,
-        parallel=cell.parallel,
-        devices=cell.devices,
-    )
+    plan = loop.Plan(**{field.name: getattr(cell, field.name) for field in dataclasses.fields(loop.Plan)})
     outcome = loop.train(
         make_model,
-        functools.partial(classification, mean=mean, crop=crop, flip=flip),
+        functools.partial(classification.classification, mean=mean, crop=crop, flip=flip),
         optimizers.sgd(schedule, weight_decay=cell.weight_decay),
         schedule,
         splits,
@@ -194,14 +186,10 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
         context,
     )
     measure = signal.propagation(make_model())
-    probe = (data.train.images[:128].astype(np.float32) - mean) / 128, data.train.labels[:128]
-    write_json_atomic(
-        context.folder.path / "signal.json",
-        {
-            "initial": measure(outcome.initial.variables, *probe),
-            "final": measure(outcome.final.variables, *probe),
-        },
-    )
+    batch = classification.prepare(data.train.images[:128], mean), data.train.labels[:128]
+    moments = {"initial": outcome.initial, "final": outcome.final}
+    signals = {moment: measure(state.variables, *batch) for moment, state in moments.items()}
+    write_json_atomic(context.folder.path / "signal.json", signals)
     errors = {f"{split}_{metric}": v for split, metrics in outcome.evaluations.items() for metric, v in metrics.items()}
     return {
         **errors,

@@ -31,23 +31,24 @@ class Classification:
     evaluate: Callable
 
 
-def classification(apply: Apply, *, mean: np.ndarray, scale: float = 1 / 128, crop: int = 0, flip: bool = False):
+def prepare(images: jax.Array, mean: np.ndarray) -> jax.Array:
+    """Images as a network sees them: (image - mean) / 128, float32; the constant only chooses units."""
+    return (images.astype(jnp.float32) - mean) * (1 / 128)
+
+
+def classification(apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool = False) -> Classification:
     """Builds the task for a model and one way of preparing images.
 
-        x = (image - mean) scale        loss = mean_n -log softmax(f(x_n))[label_n]
+        x = prepare(image, mean)        loss = mean_n -log softmax(f(x_n))[label_n]
 
     Args:
       apply: the model's pure application.
       mean: subtracted from every image, `[height, width, channels]` in pixel units (the per-pixel mean of the training
         set in He et al. 2015).
-      scale: multiplied afterwards; a constant, so that it only chooses units.
       crop: padding in pixels of the random crop, 0 for none; training only. The padding is zero after the mean is
         subtracted, as in the paper's code.
       flip: mirror half of the images; training only.
     """
-
-    def prepare(images):
-        return (images.astype(jnp.float32) - mean) * scale
 
     def augment(image, key):
         crop_key, flip_key = jax.random.split(key)
@@ -58,7 +59,7 @@ def classification(apply: Apply, *, mean: np.ndarray, scale: float = 1 / 128, cr
         return image
 
     def loss(variables, batch, keys):
-        images = prepare(batch["images"])
+        images = prepare(batch["images"], mean)
         if crop or flip:
             images = jax.vmap(augment)(images, keys)
         logits, collections = apply(variables, images, train=True)
@@ -67,7 +68,7 @@ def classification(apply: Apply, *, mean: np.ndarray, scale: float = 1 / 128, cr
         return value, (collections, {"loss": value, "error": errors.mean()})
 
     def evaluate(variables, batch):
-        logits, _ = apply(variables, prepare(batch["images"]), train=False)
+        logits, _ = apply(variables, prepare(batch["images"], mean), train=False)
         losses, errors = _losses_and_errors(logits, batch["labels"])
         mask = batch["mask"]
         return {"loss": (losses * mask).sum(), "error": (errors * mask).sum(), "count": mask.sum()}
