@@ -115,6 +115,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if rest[1:]:
             raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    except SystemExit:
+        sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
     except flags.Error as error:
         _fail(f"{' '.join(str(error).split())} (--help lists the flags)", UsageError.exit_code)
     return rest
@@ -139,9 +141,10 @@ def _guarded(experiment: Experiment) -> int:
         print("interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; free or choose another place (--workdir)", file=sys.stderr)
+        place = error.filename or flags.FLAGS.workdir  # a failed write does not say to which file
+        print(f"error: {place}: {error.strerror}; free or choose another place (--workdir)", file=sys.stderr)
         return CarouselError.exit_code
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# One small network: every command that trains it in the same way finds its programs compiled.
-TINY = ("--depths=8", "--blocks=residual", "--width=4", "--batch_size=16")
 
 
 class Commands:
-    """Starts experiments in fresh processes, as a user does.
+    """Starts experiments in fresh processes, as a user does, with warnings as errors.
 
     The bits of a run depend on NPROC, so it is pinned. The optimiser of XLA's code generator is off: these tests are
-    about what happens around the programs, and compile ten times as long as they run.
+    about what happens around the programs, and most of their time goes into compiling them.
     """
 
-    tiny = TINY
+    # One small network, trained in one way, so that every command after the first finds its programs compiled.
+    tiny = ("--depths=8", "--blocks=residual", "--width=4", "--batch_size=16")
+    many_checkpoints = (*tiny, "--steps=30", "--evaluations=30", "--steps_per_call=1")
 
     def __init__(self, cache: Path):
         self.cache = cache
@@ -28,18 +28,20 @@ class Commands:
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "error",
         }
 
-    def line(self, *flags: object, experiment: str = "depth_ablation") -> list[str]:
-        return [sys.executable, "-m", f"experiments.{experiment}", f"--compilation_cache={self.cache}", *map(str, flags)]
+    def line(self, *flags: object) -> list[str]:
+        command = [sys.executable, "-m", "experiments.depth_ablation", f"--compilation_cache={self.cache}"]
+        return [*command, *map(str, flags)]
 
-    def run(self, *flags: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-        """Runs an experiment to its end."""
-        options = {"env": self.environment, "timeout": 300} | options
-        return subprocess.run(self.line(*flags), cwd=cwd, capture_output=True, text=True, **options)
+    def run(self, *flags: object, prefix: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+        """Runs the depth ablation to its end."""
+        options = {"env": self.environment, "timeout": 300, "cwd": ROOT} | options
+        return subprocess.run([*prefix, *self.line(*flags)], capture_output=True, text=True, **options)
 
     def start(self, *flags: object) -> subprocess.Popen:
-        """Starts an experiment and returns; to be used as a context manager."""
+        """Starts the depth ablation and returns; to be used as a context manager."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(self.line(*flags), cwd=ROOT, env=self.environment, **pipes)
 
@@ -53,3 +55,13 @@ class Commands:
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
     return Commands(tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="session")
+def smoke(commands, tmp_path_factory):
+    """A finished `--smoke` grid: plain and residual networks of depth 8, three seeds. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("smoke") / "work"
+    done = commands.run("--smoke", "--depths=8", "--seeds=0,1,2", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    done.workdir = workdir
+    return done

@@ -231,8 +231,8 @@ def train(
 
 
 def _check(plan: Plan, splits: Splits, devices: int) -> None:
-    if plan.steps < 1 or plan.steps_per_call < 1 or plan.evaluate_every < 1:
-        raise UsageError("steps, steps_per_call and evaluate_every must be at least 1")
+    if min(plan.steps, plan.batch_size, plan.steps_per_call, plan.evaluate_every) < 1:
+        raise UsageError("steps, batch_size, steps_per_call and evaluate_every must be at least 1")
     if plan.batch_size > splits.train:
         raise UsageError(f"--batch_size={plan.batch_size} is larger than the training set: give at most {splits.train}")
     if plan.batch_size % devices:
@@ -265,7 +265,8 @@ def _restore(context: Context, initial: TrainState, timers: "_Timers"):
     if newest is None:
         folder.metrics.truncate(0)
         return initial, None
-    timers.seconds.update(newest.metadata["seconds"])
+    for name, spent in newest.metadata["seconds"].items():
+        timers.seconds[name] += spent
     restored = state.unflatten(newest.arrays, initial, str(newest.path))
     reporter.note(f"{context.label}: going on from step {newest.step}")
     return restored, newest.metadata["evaluated"]

@@ -14,7 +14,7 @@ class Reporter:
     """Shows the progress of one run after another; a context manager, since a live bar must be taken down."""
 
     def __init__(self, stream=None):
-        self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._console = Console(file=stream or sys.stderr, highlight=False, emoji=False, soft_wrap=True)
         self._live = self._console.is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from research.errors import CarouselError
+from research.errors import CarouselError, UsageError
 
 
 class TrainState(NamedTuple):
@@ -34,7 +34,13 @@ class TrainState(NamedTuple):
 
 
 def stream(seed: int, name: str) -> jax.Array:
-    """The key of one named stream of randomness of a run; the step is folded in where it is used."""
+    """The key of one named stream of randomness of a run; the step is folded in where it is used.
+
+    Raises:
+      UsageError: the seed is not one of 32 bits. JAX would drop the others, and two seeds would give one run.
+    """
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed {seed} does not fit 32 bits: give one from 0 to {2**32 - 1}")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 

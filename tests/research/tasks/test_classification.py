@@ -1,5 +1,6 @@
 """The task: losses and errors by hand, what the mask leaves out, and images that only training changes."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from research.tasks.classification import classification
+from research.tasks.classification import classification, prepare
 
 LOGITS = np.array([[0, 0, 0], [math.log(2), 0, 0], [0, 5, 0], [1000, 0, 0]], np.float32)
 LABELS = np.array([2, 0, 1, 1], np.int32)
@@ -62,73 +63,72 @@ IMAGES = np.random.default_rng(0).integers(1, 256, (64, 5, 4, 3)).astype(np.uint
 MEAN = np.random.default_rng(1).uniform(100, 150, (5, 4, 3)).astype(np.float32)
 
 
-def seen(images=IMAGES, seed=0, **options):
-    """The images that the model gets in training and in evaluation."""
-    got = {}
-
-    def record(variables, images, *, train):
-        got[train] = np.asarray(images)
-        return jnp.zeros((len(images), 2)), {}
-
-    task = classification(record, **{"mean": MEAN, **options})
-    batch = {"images": images, "labels": np.zeros(len(images), np.int32), "mask": np.ones(len(images), np.float32)}
-    task.loss({}, batch, keys(len(images), seed))
-    task.evaluate({}, batch)
-    return got[True], got[False]
+def showing(variables, images, *, train):
+    """A model that hands out the images that it gets."""
+    if not train:
+        return images.reshape(len(images), -1), {}
+    return jnp.zeros((len(images), 2)), {"seen": images}
 
 
-def prepared(scale=1 / 128):
-    return (IMAGES.astype(np.float64) - MEAN) * scale
+@functools.cache
+def training_images(crop, flip):
+    task = classification(showing, mean=MEAN, crop=crop, flip=flip)
+    loss = jax.jit(task.loss)
+
+    def see(images, image_keys):
+        return np.asarray(loss({}, {"images": images, "labels": np.zeros(len(images), np.int32)}, image_keys)[1][0]["seen"])
+
+    return see
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": 1.0}, {"scale": 1 / 255, "mean": np.float32(7)}])
-def test_images_are_centred_and_scaled(options):
-    expected = (IMAGES.astype(np.float64) - options.get("mean", MEAN)) * options.get("scale", 1 / 128)
-    for images in seen(**options):
+EVALUATED = (IMAGES.astype(np.float64) - MEAN) / 128
+augmented = pytest.mark.parametrize(("crop", "flip"), [(2, False), (0, True), (2, True)])
+
+
+def test_images_are_centred_by_the_mean_and_scaled_by_a_constant():
+    for images in (prepare(IMAGES, MEAN), training_images(0, False)(IMAGES, keys(64))):
         assert images.dtype == np.float32
-        np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(images, EVALUATED, rtol=1e-5, atol=1e-6)
+    assert prepare(np.uint8([0, 255]), np.float32(128)).tolist() == [-1, 127 / 128]
 
 
-@pytest.mark.parametrize("options", [{"crop": 2}, {"flip": True}, {"crop": 2, "flip": True}])
-def test_augmentation_changes_images_in_training_alone(options):
-    trained, evaluated = seen(**options)
-    np.testing.assert_allclose(evaluated, prepared(), rtol=1e-5, atol=1e-5)
-    assert trained.shape == evaluated.shape
-    changed = (trained != evaluated).any(axis=(1, 2, 3))
-    assert 16 < changed.sum()
-    np.testing.assert_array_equal(seen(**options)[0], trained)
-    assert not np.array_equal(seen(**options, seed=1)[0], trained)
+@augmented
+def test_augmentation_changes_images_in_training(crop, flip):
+    see = training_images(crop, flip)
+    trained = see(IMAGES, keys(64))
+    assert trained.shape == IMAGES.shape
+    assert 16 < np.any(np.abs(trained - EVALUATED) > 1e-3, axis=(1, 2, 3)).sum()
+    np.testing.assert_array_equal(see(IMAGES, keys(64)), trained)
+    assert not np.array_equal(see(IMAGES, keys(64, seed=1)), trained)
+    # An example's key is all that its image depends on.
+    np.testing.assert_array_equal(see(IMAGES[::-1], keys(64)[::-1]), trained[::-1])
+
+
+@augmented
+def test_augmentation_leaves_evaluation_alone(crop, flip):
+    batch = {"images": IMAGES, "labels": np.arange(64, dtype=np.int32) % 60, "mask": np.ones(64, np.float32)}
+    with_it, without = (classification(showing, mean=MEAN, **o).evaluate({}, batch) for o in ({"crop": crop, "flip": flip}, {}))
+    assert with_it == without
+    logits = EVALUATED.reshape(64, -1)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(64), batch["labels"]]
+    assert float(without["loss"]) == pytest.approx(losses.sum(), rel=1e-5)
 
 
 def test_crops_are_filled_with_zeros_after_the_mean_is_subtracted():
-    trained, evaluated = seen(crop=2)
-    padded = np.pad(evaluated, ((0, 0), (2, 2), (2, 2), (0, 0)))
-    for image, source in zip(trained, padded, strict=True):
+    trained, image = training_images(2, False)(IMAGES, keys(64)), np.asarray(prepare(IMAGES, MEAN))
+    padded = np.pad(image, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    for crop, source in zip(trained, padded, strict=True):
         windows = [source[top : top + 5, left : left + 4] for top in range(5) for left in range(5)]
-        assert sum(np.array_equal(image, window) for window in windows) == 1
-
-
-def test_an_examples_key_is_all_that_its_image_depends_on():
-    trained, _ = seen(crop=2, flip=True)
-    task_keys, (labels, mask) = keys(64), (np.zeros(1, np.int32), np.ones(1, np.float32))
-    got = []
-    task = classification(
-        lambda variables, images, *, train: (got.append(images), (jnp.zeros((1, 2)), {}))[1], mean=MEAN, crop=2, flip=True
-    )
-    for k in (0, 17, 63):
-        task.loss({}, {"images": IMAGES[k : k + 1], "labels": labels, "mask": mask}, task_keys[k : k + 1])
-        np.testing.assert_array_equal(got[-1][0], trained[k])
+        assert sum(np.allclose(crop, window, rtol=1e-6) for window in windows) == 1
 
 
 def test_crop_and_flip_are_drawn_apart():
     n = 1000
-    ramp = np.arange(1, 13, dtype=np.uint8).reshape(3, 4, 1)
-    trained, _ = seen(np.broadcast_to(ramp, (n, 3, 4, 1)), mean=np.zeros((3, 4, 1), np.float32), scale=1.0, crop=1, flip=True)
-    padded = np.pad(ramp, ((1, 1), (1, 1), (0, 0)))
-    windows = [padded[top : top + 3, left : left + 4] for top in range(3) for left in range(3)]
+    trained = training_images(1, True)(np.broadcast_to(IMAGES[0], (n, *IMAGES[0].shape)), keys(n))
+    padded = np.pad(prepare(IMAGES[0], MEAN), ((1, 1), (1, 1), (0, 0)))
+    windows = [padded[top : top + 5, left : left + 4] for top in range(3) for left in range(3)]
     both = np.array([windows, [window[:, ::-1] for window in windows]])
-    equal = (trained[:, None, None] == both[None]).all(axis=(3, 4, 5))
-    table = equal.sum(axis=0)
+    table = np.isclose(trained[:, None, None], both[None], rtol=1e-6).all(axis=(3, 4, 5)).sum(axis=0)  # flips x windows
     assert table.sum() == n and (table > 0).all()
     assert scipy.stats.chi2_contingency(table).pvalue > 0.001
 

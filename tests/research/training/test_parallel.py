@@ -18,7 +18,7 @@ DEVICES = {
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=10",
 }
 
-# Arguments: PRECISION STEPS. Three steps of a residual network of depth 8 with BatchNorm, crops and flips.
+# Argument: PRECISION. Three steps of a residual network of depth 8 with BatchNorm, crops and flips.
 AGREEMENT = """
 import functools
 import json
@@ -78,9 +78,8 @@ def difference(a, b):
 
 
 reference = run("jit", 1)
-start = {name: value for name, value in state.flatten(initial).items()}
-moved = difference({name: reference[name] for name in start if "params" in name}, {n: start[n] for n in start if "params" in n})
-found = {"moved": moved}
+start, kernel = state.flatten(initial), "params/stem_conv/kernel"
+found = {"moved": difference({kernel: start[kernel]}, {kernel: reference[kernel]})}
 combinations = [(mode, devices) for mode in ("pmap", "jit", "shard_map") for devices in (1, 2, 4, 8)]
 for mode, devices in combinations:
     if (mode, devices) != ("jit", 1):  # the reference itself
@@ -99,7 +98,7 @@ def agreement(commands, precision):
     print(f"\nlargest relative difference from one device under jit after 3 steps, {precision}:")
     for name, value in found.items():
         print(f"  {name:20} {value:.1e}")
-    assert found.pop("moved") > 0.01, "nothing was trained"
+    assert found.pop("moved") > 0.1, "nothing was trained"
     return found
 
 
@@ -161,17 +160,17 @@ optimizer = optimizers.sgd(schedule)
 task = functools.partial(classification, mean=data.train.images.mean(0))
 
 
-def train(mode, batch_size=16, steps=200):
-    plan = loop.Plan(0, steps, batch_size, 1, 200, parallel=mode, devices=8)
-    folder = Path(sys.argv[1]) / mode
+def train(mode, batch_size=16, steps_per_call=1):
+    plan = loop.Plan(0, 200, batch_size, steps_per_call, 200, parallel=mode, devices=8)
+    folder = Path(sys.argv[1]) / f"{mode}-{steps_per_call}"
     with open(os.devnull, "w") as log, Reporter(log) as reporter:
         with run_folder.open_run(folder, {}) as run:
             return loop.train(Net, task, optimizer, schedule, splits, plan, loop.Context(run, mode, reporter))
 
 
 fresh = state.initialize(Net(), optimizer, 0, (1, 8, 8, 1))
-for mode in ("pmap", "jit", "shard_map"):
-    outcome = train(mode)
+for mode, steps_per_call in (("pmap", 1), ("jit", 1), ("shard_map", 1), ("pmap", 200)):
+    outcome = train(mode, steps_per_call=steps_per_call)
     assert state.sha256(outcome.initial) == state.sha256(fresh) != outcome.sha256, "donated, but still in use"
     print(json.dumps([mode, outcome.evaluations["train"]["loss"], outcome.evaluations["test"]["error"]]), flush=True)
 try:
@@ -181,11 +180,11 @@ except UsageError as error:
 """
 
 
-def test_many_short_stretches_on_eight_devices_do_not_deadlock(commands, tmp_path):
+def test_many_short_stretches_and_a_long_one_on_eight_devices_do_not_deadlock(commands, tmp_path):
     result = commands.script(STRETCHES, tmp_path, timeout=240, **DEVICES)
     assert result.returncode == 0, result.stderr
     *ends, refusal = map(json.loads, result.stdout.splitlines())
-    assert [mode for mode, *_ in ends] == ["pmap", "jit", "shard_map"]
+    assert [mode for mode, *_ in ends] == ["pmap", "jit", "shard_map", "pmap"]
     losses = [loss for _, loss, _ in ends]
     np.testing.assert_allclose(losses, losses[0], rtol=1e-2)
     assert max(losses) < 0.5

@@ -207,12 +207,11 @@ def test_a_damaged_checkpoint_or_lost_metrics_take_the_run_back_further_and_chan
 # The same from outside: the experiment itself, as a user starts it.
 
 RUN = "residual-8-w4-seed0"
-MANY_CHECKPOINTS = ("--steps=30", "--evaluations=30", "--steps_per_call=1")
 
 
 @pytest.fixture(scope="module")
 def flags(commands):
-    return (*commands.tiny, *MANY_CHECKPOINTS)
+    return commands.many_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,50 @@
+"""Finished runs, made by hand as the trainer makes them."""
+
+import pytest
+
+from research.analysis.results import read_run
+from research.files import write_json_atomic
+from research.training import run_folder
+
+ENVIRONMENT = {"command": "launch/run depth_ablation --depths=8,20", "source": {"commit": "c0ffee" * 6, "dirty": False}}
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function that writes a finished run and reads it back."""
+
+    def make(name, config, errors, result=None, environment=ENVIRONMENT, signal=None):
+        path = tmp_path / "runs" / name
+        with run_folder.open_run(path, config) as folder:
+            write_json_atomic(path / run_folder.ENVIRONMENT, environment)
+            for number, error in enumerate(errors, start=1):
+                folder.metrics.append({"step": 10 * number, "error": error})
+                if number % 2 == 0:
+                    folder.metrics.append({"step": 10 * number, "test_error": error + 0.05})
+            if signal is not None:
+                write_json_atomic(path / "signal.json", signal)
+            folder.finish({"test_error": errors[-1] + 0.05, "train_error": errors[-1]} if result is None else result)
+        return read_run(path)
+
+    return make
+
+
+@pytest.fixture
+def grid(make_run):
+    """Plain and residual runs of two depths and two seeds; one run diverged."""
+    runs = []
+    for block, base in (("plain", 0.3), ("residual", 0.2)):
+        for depth in (8, 20):
+            for seed in (0, 1):
+                config = {"block": block, "depth": depth, "seed": seed}
+                errors = [0.9, base + 0.1, base + 0.01 * seed + depth / 1000, base + 0.01 * seed]
+                diverged = (block, depth, seed) == ("plain", 20, 1)
+                signal = None
+                if depth == 20:
+                    values = [2.0**k * (1 + base) for k in range(9)]
+                    found = dict.fromkeys(("output_variance", "block_input_gradient_norm"), values)
+                    found |= dict.fromkeys(("response_std", "weight_gradient_norm"), [v for v in values for _ in (1, 2)])
+                    signal = {"initial": found, "final": {name: v[::-1] for name, v in found.items()}}
+                result = {"failure": "diverged", "failed_at_step": 3} if diverged else None
+                runs.append(make_run(f"{block}-{depth}-{seed}", config, errors, result, signal=signal))
+    return runs

@@ -1,0 +1,85 @@
+"""Reading run folders: what is read, what is refused, and the arithmetic of spreads."""
+
+import json
+import math
+
+import pytest
+
+from research.analysis import results
+from research.errors import CarouselError
+from research.training import run_folder
+
+
+def test_a_run_is_read_back(make_run):
+    run = make_run("a", {"depth": 8, "seeds": (1, 2)}, [0.5, 0.25], {"test_error": math.nan, "params": 10})
+    assert run.path.name == "a"
+    assert run.config == {"depth": 8, "seeds": [1, 2]}
+    assert run.environment["command"].startswith("launch/run")
+    assert run.result == {"test_error": None, "params": 10}
+    assert [record["step"] for record in run.metrics] == [10, 20, 20]
+
+
+def test_a_series_is_where_the_metric_was_recorded(make_run):
+    run = make_run("a", {}, [0.5, 0.25, math.nan, 0.125])
+    assert run.series("error") == ([10, 20, 40], [0.5, 0.25, 0.125])  # no NaN: JSON has none, a null is left out
+    assert run.series("test_error") == ([20, 40], [0.3, 0.175])
+    assert run.series("nothing") == ([], [])
+
+
+def test_another_file_of_the_folder(make_run):
+    run = make_run("a", {}, [0.5], signal={"initial": [1, 2]})
+    assert run.read_json("signal.json") == {"initial": [1, 2]}
+    assert run.read_json("other.json") is None
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json", "metrics.jsonl"])
+def test_every_file_counts_in_the_hash_and_is_needed(make_run, name):
+    run = make_run("a", {"depth": 8}, [0.5])
+    assert results.read_run(run.path) == run
+    path = run.path / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b": ", b":  ", 1))  # the same values, other bytes
+    changed = results.read_run(run.path)
+    assert changed.sha256 != run.sha256
+    assert (changed.config, changed.environment, changed.result) == (run.config, run.environment, run.result)
+    for damage in (lambda: path.write_bytes(content[:-3]), path.unlink):
+        damage()
+        with pytest.raises(CarouselError) as caught:
+            results.read_run(run.path)
+        assert str(path) in str(caught.value) and "run its cell again" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_unfinished_runs_are_left_out(make_run, tmp_path):
+    done = [make_run(name, {"name": name}, [0.5]) for name in ("b", "a")]
+    with run_folder.open_run(tmp_path / "runs" / "c", {}):
+        pass
+    paths = [tmp_path / "runs" / name for name in ("c", "b", "missing", "a")]
+    assert results.read_runs(iter(paths)) == done  # in the order asked for
+    with pytest.raises(CarouselError, match="no finished run among the 2 asked for, such as .*/c; .*--report_only"):
+        results.read_runs([paths[0], paths[2]])
+
+
+def test_groups_keep_the_order_of_appearance(grid):
+    groups = results.group(grid[::-1], lambda run: run.config["depth"])
+    assert list(groups) == [20, 8]
+    assert groups[20] == [run for run in grid[::-1] if run.config["depth"] == 20]
+    assert sum(map(len, groups.values())) == len(grid)
+
+
+def test_spreads_by_hand():
+    spread = results.spread(iter([0.1, None, 0.2, 0.6]))
+    assert spread.mean == pytest.approx(0.3) and spread.n == 3
+    assert spread.std == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
+    assert spread.percent() == "30.00% ± 26.46 (n=3)"
+    one = results.spread([0.12345])
+    assert (one.mean, one.n, math.isnan(one.std)) == (0.12345, 1, True)
+    assert one.percent() == "12.35%" or one.percent() == "12.34%"
+    for values in ([], [None, None]):
+        none = results.spread(values)
+        assert (none.n, none.percent()) == (0, "failed") and math.isnan(none.mean)
+
+
+def test_results_are_json_values(make_run):
+    run = make_run("a", {}, [0.5])
+    json.dumps([run.config, run.environment, run.result, run.metrics])
