@@ -110,6 +110,10 @@ def cells(config: Config) -> list[Cell]:
         raise UsageError(
             f"--batch_size={config.batch_size}: {config.dataset} has {examples} training images, give fewer"
         )
+    if config.devices and config.batch_size % config.devices:
+        raise UsageError(
+            f"--batch_size={config.batch_size} does not divide by {config.devices} devices: give a multiple of that"
+        )
     width = config.width or DEFAULTS[config.dataset]["width"]
     for depth in config.depths:
         cifar_resnet(depth, width=width)  # raises where there is no such network

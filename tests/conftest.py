@@ -45,7 +45,9 @@ class Commands:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(self.line(*flags), cwd=ROOT, env=self.environment, **pipes)
 
-    def script(self, script: str, *arguments: object, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    def script(
+        self, script: str, *arguments: object, timeout: float = 300, **environment
+    ) -> subprocess.CompletedProcess:
         """Runs Python source in the same surroundings."""
         command = [sys.executable, "-c", script, *map(str, arguments)]
         options = {"env": self.environment | environment, "timeout": timeout}

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import linen as nn
 
 from research.errors import CarouselError, Interrupted, UsageError
 from research.training import checkpoint, environment, parallel, state, step
@@ -113,7 +112,7 @@ class Outcome:
 
 
 def train(
-    make_model: Callable[[str | None], nn.Module],
+    make_model: Callable[[str | None], Any],
     make_task: Callable[[Callable], Any],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -127,7 +126,7 @@ def train(
     run (same versions, thread count, devices and instruction set).
 
     Args:
-      make_model: axis name over which to take BatchNorm's means, or None -> the module.
+      make_model: axis name over which to take BatchNorm's means, or None -> the Flax module.
       make_task: the bound module `apply` -> a task with `loss` and `evaluate`.
       optimizer: an optax transformation.
       schedule: its learning rate, for the record.

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import statistics
 import struct
@@ -102,11 +103,16 @@ def test_where_and_on_how_many_devices_is_no_part_of_a_cell():
 
 
 @pytest.mark.parametrize("name", sorted(images.LOADERS))
-def test_the_number_of_training_images_is_that_of_the_loader(name):
+def test_the_number_of_training_images_is_that_of_the_loader(name, tmp_path):
+    folder = SHARED
+    if name == "cifar10" and (SHARED / "cifar10/unpack.py").exists():
+        pytest.importorskip("PIL", reason="the packed CIFAR-10 needs Pillow")
+        folder = tmp_path
+        runpy.run_path(str(SHARED / "cifar10/unpack.py"))["main"](folder)
     try:
-        data = images.load(name, str(SHARED))
+        data = images.load(name, str(folder))
     except CarouselError as error:
-        pytest.skip(f"no {name} to read: {error}")
+        pytest.skip(f"no {name} to read, set CAROUSEL_DATA: {error}")
     assert images.TRAIN_EXAMPLES[name] == len(data.train)
 
 
@@ -149,7 +155,9 @@ def test_the_preset_is_the_papers_recipe(monkeypatch):
         assert [rate(48_000), rate(63_999)] == pytest.approx([0.001, 0.001])
 
 
-@pytest.mark.parametrize(("augmentation", "crop", "flip"), [("none", 0, False), ("crop", 4, False), ("crop_and_flip", 4, True)])
+@pytest.mark.parametrize(
+    ("augmentation", "crop", "flip"), [("none", 0, False), ("crop", 4, False), ("crop_and_flip", 4, True)]
+)
 def test_augmentation_reaches_the_task(monkeypatch, augmentation, crop, flip):
     (cell, *_) = depth_ablation.cells(Config(augmentation=augmentation))
     _, task, _, _, splits, _, _ = handed(monkeypatch, cell)
@@ -173,7 +181,9 @@ def outputs(workdir):
 
 
 def check_grid(workdir, depths, seeds):
-    assert {path.name for path in (workdir / "figures").iterdir()} == {f"{n}.{s}" for n in FIGURES for s in ("png", "svg")}
+    assert {path.name for path in (workdir / "figures").iterdir()} == {
+        f"{n}.{s}" for n in FIGURES for s in ("png", "svg")
+    }
     for name, content in outputs(workdir).items():
         if name.endswith("png"):
             assert content.startswith(b"\x89PNG\r\n\x1a\n") and min(struct.unpack(">2I", content[16:24])) > 200
@@ -195,7 +205,9 @@ def check_grid(workdir, depths, seeds):
         folder = workdir / "runs" / f"{row['block']}-{row['depth']}-w4-seed{row['seed']}"
         assert {path.name for path in folder.iterdir()} == RUN_FILES
         result = json.loads((folder / "result.json").read_text())
-        assert all(row[name] == str(result[name]) for name in ("train_error", "test_loss", "params", "final_state_sha256"))
+        assert all(
+            row[name] == str(result[name]) for name in ("train_error", "test_loss", "params", "final_state_sha256")
+        )
         assert 0 <= result["test_error"] <= 1 and result["steps"] == 4
         blocks = (result["params"] > 0) and (int(row["depth"]) - 2) // 2
         signal = json.loads((folder / "signal.json").read_text())
@@ -246,7 +258,9 @@ def test_a_report_of_failed_and_missing_runs(commands, smoke, tmp_path):
     workdir = tmp_path / "work"
     for name in ("plain-8-w4-seed0", "residual-8-w4-seed0"):
         shutil.copytree(smoke.workdir / "runs" / name, workdir / "runs" / name)
-    (workdir / "runs" / "plain-8-w4-seed0" / "result.json").write_text('{"failure": "it diverged", "failed_at_step": 3}')
+    (workdir / "runs" / "plain-8-w4-seed0" / "result.json").write_text(
+        '{"failure": "it diverged", "failed_at_step": 3}'
+    )
     (workdir / "runs" / "plain-8-w4-seed0" / "signal.json").unlink()
     done = commands.run("--smoke", "--depths=8,14", "--report_only", f"--workdir={workdir}")
     assert (done.returncode, done.stderr) == (0, "")

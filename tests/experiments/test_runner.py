@@ -370,6 +370,14 @@ def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(toy, 
     script = "import os; from experiments import depth_ablation, runner; import research.training.loop as loop\n"
     script += "loop.train = lambda *_: print('NPROC', os.environ['NPROC']) or os._exit(0)\n"
     script += "runner.main(depth_ablation.EXPERIMENT)"
-    command = [sys.executable, "-c", script, "--smoke", "--devices=4", "--compilation_cache=", f"--workdir={os.devnull}x"]
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        "--smoke",
+        "--devices=4",
+        "--compilation_cache=",
+        f"--workdir={os.devnull}x",
+    ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("NPROC") and int(done.stdout.split()[1]) >= 16, done.stderr

@@ -42,8 +42,9 @@ def grid(make_run):
                 signal = None
                 if depth == 20:
                     values = [2.0**k * (1 + base) for k in range(9)]
-                    found = dict.fromkeys(("output_variance", "block_input_gradient_norm"), values)
-                    found |= dict.fromkeys(("response_std", "weight_gradient_norm"), [v for v in values for _ in (1, 2)])
+                    twice = [value for value in values for _ in (1, 2)]
+                    found = {"output_variance": values, "block_input_gradient_norm": values}
+                    found |= {"response_std": twice, "weight_gradient_norm": twice}
                     signal = {"initial": found, "final": {name: v[::-1] for name, v in found.items()}}
                 result = {"failure": "diverged", "failed_at_step": 3} if diverged else None
                 runs.append(make_run(f"{block}-{depth}-{seed}", config, errors, result, signal=signal))

@@ -9,11 +9,14 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import matplotlib
 import pytest
 from PIL import Image
 
 import research
-from research.analysis import figures
+from research.analysis import figures  # before pyplot: it chooses a backend that needs no display
+
+plt = matplotlib.pyplot
 
 ROOT = Path(research.__file__).parents[1]
 
@@ -42,7 +45,9 @@ def make_all(runs):
 def save_all(runs, folder):
     """Saves every figure and returns the files' names and hashes."""
     made_from = figures.provenance(runs)
-    written = [path for name, figure in make_all(runs).items() for path in figures.save(figure, folder / name, made_from)]
+    written = [
+        path for name, figure in make_all(runs).items() for path in figures.save(figure, folder / name, made_from)
+    ]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
 
 
@@ -68,7 +73,7 @@ def test_the_same_runs_give_the_same_bytes_here_and_elsewhere(grid, tmp_path):
 
     # In another process, with another order of sets, place, time zone, language and taste.
     shutil.copytree(tmp_path / "runs", tmp_path / "copied" / "runs")
-    (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nfont.family: monospace\\nsvg.fonttype: path\\n")
+    (tmp_path / "matplotlibrc").write_text("axes.facecolor: red\nfont.family: monospace\nsvg.fonttype: path\n")
     environment = {
         "PYTHONPATH": str(ROOT),
         "PYTHONHASHSEED": "12345",
@@ -91,19 +96,26 @@ def test_the_same_runs_give_the_same_bytes_here_and_elsewhere(grid, tmp_path):
 
 
 def test_other_runs_give_other_bytes(grid, make_run, tmp_path):
-    first = save_all(grid, tmp_path / "first")
     changed = make_run("plain-8-0b", {"block": "plain", "depth": 8, "seed": 0}, [0.9, 0.8, 0.7, 0.6])
-    second = save_all([changed, *grid[1:]], tmp_path / "second")
-    assert all(first[name] != second[name] for name in first)  # the hashes of the runs alone make the signal's differ
+    for name in ("first", "second"):
+        figure = make_all(grid)["signal"]  # of what it draws nothing has changed: only the hashes of the runs say it
+        figures.save(figure, tmp_path / name, figures.provenance(grid if name == "first" else [changed, *grid[1:]]))
+    for suffix in ("png", "svg"):
+        assert (tmp_path / f"first.{suffix}").read_bytes() != (tmp_path / f"second.{suffix}").read_bytes()
 
 
 def test_making_figures_changes_no_global_style(grid, tmp_path):
-    import matplotlib
-
     before = dict(matplotlib.rcParams)
-    save_all(grid, tmp_path)
+    figures.save(make_all(grid)["against"], tmp_path / "against", {})
     assert dict(matplotlib.rcParams) == before
-    assert matplotlib.pyplot.get_fignums() == []
+
+
+def test_saving_closes_the_figure(grid, tmp_path):
+    open_before = plt.get_fignums()
+    figure = figures.error_curves(by_block(grid), depth, "layers")
+    assert plt.get_fignums() != open_before
+    figures.save(figure, tmp_path / "curves", {})
+    assert plt.get_fignums() == open_before
 
 
 # Provenance
@@ -155,10 +167,10 @@ def lines(axis):
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines() if len(line.get_xdata())]
 
 
-def close(figure):
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
 
 
 def legend_texts(figure):
@@ -175,7 +187,6 @@ def test_error_curves_show_every_run(grid):
         colours = [line.get_color() for line in axis.get_lines() if len(line.get_xdata())]
         assert colours == [figures.COLOURS[0]] * 4 + [figures.COLOURS[1]] * 4  # a colour a depth, shared by its seeds
     assert legend_texts(figure) == ["8 layers", "20 layers", "training error", "test error"]
-    close(figure)
 
 
 def test_errors_against_depth_are_means_and_deviations(grid):
@@ -195,7 +206,6 @@ def test_errors_against_depth_are_means_and_deviations(grid):
         heights = [(segment[1][1] - segment[0][1]) / 2 for segment in bars.get_segments()]
         assert heights == pytest.approx(deviations)
     assert legend_texts(figure) == ["plain (n = 1-2)", "residual (n = 2)"]
-    close(figure)
 
 
 def test_signals_are_drawn_before_and_after_training(grid):
@@ -210,13 +220,15 @@ def test_signals_are_drawn_before_and_after_training(grid):
         assert lines(axis) == [(list(range(1, len(v) + 1)), v) for v in values]
         assert axis.get_yscale() == "log"
     assert legend_texts(figure) == ["plain", "residual"]
-    close(figure)
 
 
 def test_runs_without_numbers_leave_gaps_and_not_errors(make_run, tmp_path):
     """A grid in which all runs of a kind diverged at once is still reported."""
     failed = {"failure": "diverged", "failed_at_step": 1}
-    runs = [make_run("plain", {"block": "plain", "depth": 8}, [], failed), make_run("residual", {"block": "residual", "depth": 8}, [0.5])]
+    runs = [
+        make_run("plain", {"block": "plain", "depth": 8}, [], failed),
+        make_run("residual", {"block": "residual", "depth": 8}, [0.5]),
+    ]
     groups = {run.config["block"]: {8: [run]} for run in runs}
     made_from = figures.provenance(runs)
     for name, figure in (

@@ -56,7 +56,7 @@ def test_unfinished_runs_are_left_out(make_run, tmp_path):
         pass
     paths = [tmp_path / "runs" / name for name in ("c", "b", "missing", "a")]
     assert results.read_runs(iter(paths)) == done  # in the order asked for
-    with pytest.raises(CarouselError, match="no finished run among the 2 asked for, such as .*/c; .*--report_only"):
+    with pytest.raises(CarouselError, match=r"no finished run among the 2 asked for, such as .*/c; .*--report_only"):
         results.read_runs([paths[0], paths[2]])
 
 

@@ -9,7 +9,7 @@ from research.models.layers import Layer
 
 ROWS = [
     {"block": "plain", "error": "12.30% ± 0.40 (n=5)", "parameters": 1234567, "rate": 0.1, "note": ""},
-    {"block": "a, \"quoted\" name", "error": "9.00%", "parameters": 89, "rate": 2.5, "note": "[bold] x [1/2] :smile:"},
+    {"block": 'a, "quoted" name', "error": "9.00%", "parameters": 89, "rate": 2.5, "note": "[bold] x [1/2] :smile:"},
 ]
 
 

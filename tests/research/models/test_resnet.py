@@ -53,8 +53,12 @@ def lively(model, seed=0):
     return jax.tree_util.tree_map_with_path(value, abstract_variables(model, size=8))
 
 
-# Compiling is most of the time of these tests; the results are the same to the last bits.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def cross_entropy(logits):
@@ -87,7 +91,7 @@ def passes(depth, block):
         return model.apply(variables, x, train=False), trained, averages, gradients, x_gradient
 
     with jax.enable_x64(True):
-        return Passes(model, variables, *jax.device_get(quick_jit(run)(variables["params"], np.float64(IMAGES))))
+        return Passes(model, variables, *jax.device_get(jax.jit(run)(variables["params"], np.float64(IMAGES))))
 
 
 # Counts
@@ -303,7 +307,7 @@ def test_the_shortcut_changes_the_output():
 
 def test_initial_values_and_sizes_follow_the_arguments():
     model = cifar_resnet(14, width=5, num_classes=7)
-    variables = quick_jit(lambda key: model.init(key, IMAGES[:1], train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, IMAGES[:1], train=False))(jax.random.key(0))
     assert jax.eval_shape(lambda: model.apply(variables, IMAGES, train=False)).shape == (16, 7)
     assert variables["params"]["stage3_first"]["conv2"]["kernel"].shape == (3, 3, 20, 20)
     for path, leaf in flatten_dict(variables).items():
@@ -312,7 +316,10 @@ def test_initial_values_and_sizes_follow_the_arguments():
             assert abs(leaf.var() * fan_in / 2 - 1) < 4 * math.sqrt(2 / leaf.size), path
         else:
             np.testing.assert_array_equal(leaf, np.full(leaf.shape, path[-1] in ("scale", "var")))
-    stacked = variables["params"]["stage1_rest"]["conv1"]["kernel"], variables["params"]["stage1_first"]["conv1"]["kernel"]
+    stacked = (
+        variables["params"]["stage1_rest"]["conv1"]["kernel"],
+        variables["params"]["stage1_first"]["conv1"]["kernel"],
+    )
     assert not np.isin(stacked[0][0], stacked[1]).any()  # blocks are drawn apart
 
 
@@ -327,13 +334,15 @@ def test_batch_statistics_cross_the_axis_only_if_it_is_named():
         logits, updated = halves(images.reshape(2, 8, *images.shape[1:]))
         return logits.reshape(16, 10), updated
 
-    @quick_jit
+    @jax.jit
     def run(*arguments):
         whole = local.apply(*arguments, **train)
         evaluated = [model.apply(*arguments, train=False) for model in (named, local)]  # no map, no axis needed
         return whole, mapped(named, *arguments), mapped(local, *arguments), evaluated
 
-    (whole, whole_stats), (together, together_stats), (apart, _), evaluated = run(jax.tree.map(np.float32, variables), IMAGES)
+    (whole, whole_stats), (together, together_stats), (apart, _), evaluated = run(
+        jax.tree.map(np.float32, variables), IMAGES
+    )
     np.testing.assert_allclose(together, whole, rtol=1e-4, atol=1e-4)
     for one, two in zip(jax.tree.leaves(together_stats), jax.tree.leaves(whole_stats), strict=True):
         np.testing.assert_allclose(one, jnp.stack([two, two]), rtol=1e-4, atol=1e-5)
@@ -374,7 +383,7 @@ def test_the_scan_is_the_blocks_one_after_another(block):
     done = passes(20, block)
     with jax.enable_x64(True):
         images = np.float64(IMAGES)
-        (trained, averages), (evaluated, kept) = quick_jit(
+        (trained, averages), (evaluated, kept) = jax.jit(
             lambda variables: [unrolled(done.model, variables, images, train) for train in (True, False)]
         )(done.variables)
     assert relative(done.trained, trained) < 1e-12
@@ -390,7 +399,7 @@ def test_the_scan_is_the_blocks_one_after_another(block):
 
 
 def torch_network(torch, depth, width, residual):
-    """The network by its description in the paper, in PyTorch's words; modules in the order in which they are applied."""
+    """The network by its description in the paper, in PyTorch's words; modules in the order of application."""
     F = torch.nn.functional
 
     class Block(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Convolution: values against SciPy, derivatives of every kind against XLA's own, and that the fast path is really on."""
+"""Convolution: values against SciPy, derivatives of every kind against XLA's own, and that the fast path is on."""
 
 import math
 from functools import partial
@@ -31,6 +31,14 @@ CASES = [
     (9, 9, 3, 3, (4, 3), "VALID"),  # strides longer than the kernel
 ]
 CHANNELS, FEATURES = 3, 4
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+    """Compiling is most of the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def arrays(batch, height, width, kernel_height, kernel_width, dtype=np.float64, seed=0):
@@ -95,7 +103,9 @@ def count(jaxpr, primitive):
 IN_BOTH_PRECISIONS = [(case, np.float64) for case in CASES] + [(case, np.float32) for case in CASES[1:4]]
 
 
-@pytest.mark.parametrize(("case", "dtype"), IN_BOTH_PRECISIONS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("case", "dtype"), IN_BOTH_PRECISIONS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_forward_equals_scipy(case, dtype):
     *sizes, strides, padding = case
     with jax.enable_x64(dtype == np.float64):
@@ -106,7 +116,9 @@ def test_forward_equals_scipy(case, dtype):
     assert relative_error(y, expected) < (1e-6 if dtype == np.float32 else 1e-14)
 
 
-@pytest.mark.parametrize(("case", "dtype"), IN_BOTH_PRECISIONS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("case", "dtype"), IN_BOTH_PRECISIONS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_gradients_equal_xlas(case, dtype, monkeypatch):
     *sizes, strides, padding = case
     with jax.enable_x64(dtype == np.float64):
@@ -163,10 +175,14 @@ def test_blocks_are_the_largest_that_divide_the_batch(n):
 # Which operations run
 
 
+def square_of(function, **options):
+    return lambda x, kernel: (function(x, kernel, **options) ** 2).sum()
+
+
 def convolutions_and_products(argnums, strides, case=CASES[0]):
     *sizes, _, padding = case
     x, kernel = arrays(2, *sizes, dtype=np.float32)
-    loss = lambda x, kernel: (conv.conv2d(x, kernel, strides=strides, padding=padding) ** 2).sum()
+    loss = square_of(conv.conv2d, strides=strides, padding=padding)
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums))(x, kernel).jaxpr
     return count(jaxpr, "conv_general_dilated"), count(jaxpr, "dot_general")
 
@@ -189,8 +205,8 @@ def test_elsewhere_everything_is_xlas(monkeypatch):
     assert convolutions_and_products(1, (2, 2)) == (2, 0)
     x, kernel = arrays(2, 8, 8, 3, 3, dtype=np.float32)
     got, expected = (
-        jax.grad(lambda x, kernel: (f(x, kernel, strides=(2, 2), padding="SAME") ** 2).sum(), (0, 1))(x, kernel)
-        for f in (conv.conv2d, by_xla)
+        jax.grad(square_of(function, strides=(2, 2), padding="SAME"), (0, 1))(x, kernel)
+        for function in (conv.conv2d, by_xla)
     )
     for ours, theirs in zip(got, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -309,9 +325,8 @@ def test_derivatives_equal_finite_differences(double, strides):
 
 def test_pmap(double):
     x, kernel = double
-    loss = lambda function: lambda x, kernel: jnp.sin(function(x, kernel, **STRIDED)).sum()
-    got = jax.pmap(jax.grad(loss(conv.conv2d), (0, 1)))(x[None], kernel[None])
-    expected = jax.jit(jax.grad(loss(plain), (0, 1)))(x, kernel)
+    got = jax.pmap(jax.grad(square_of(conv.conv2d, **STRIDED), (0, 1)))(x[None], kernel[None])
+    expected = jax.jit(jax.grad(square_of(plain, **STRIDED), (0, 1)))(x, kernel)
     for ours, theirs in zip(got, expected, strict=True):
         assert relative_error(ours[0], np.asarray(theirs)) < 1e-12
 

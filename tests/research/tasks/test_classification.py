@@ -41,7 +41,9 @@ def test_loss_and_error_by_hand():
 
 def test_the_gradient_is_softmax_less_one_hot():
     task = classification(fixed_logits, mean=np.zeros((2, 2, 1), np.float32))
-    gradient = jax.grad(lambda params: task.loss(VARIABLES | {"params": params}, BATCH, keys(4))[0])(VARIABLES["params"])
+    gradient = jax.grad(lambda params: task.loss(VARIABLES | {"params": params}, BATCH, keys(4))[0])(
+        VARIABLES["params"]
+    )
     softmax = np.exp(LOGITS - LOGITS.max(axis=1, keepdims=True))
     softmax /= softmax.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(gradient["shift"], (softmax - np.eye(3)[LABELS]).mean(axis=0), atol=1e-6)
@@ -76,7 +78,9 @@ def training_images(crop, flip):
     loss = jax.jit(task.loss)
 
     def see(images, image_keys):
-        return np.asarray(loss({}, {"images": images, "labels": np.zeros(len(images), np.int32)}, image_keys)[1][0]["seen"])
+        return np.asarray(
+            loss({}, {"images": images, "labels": np.zeros(len(images), np.int32)}, image_keys)[1][0]["seen"]
+        )
 
     return see
 
@@ -97,7 +101,7 @@ def test_augmentation_changes_images_in_training(crop, flip):
     see = training_images(crop, flip)
     trained = see(IMAGES, keys(64))
     assert trained.shape == IMAGES.shape
-    assert 16 < np.any(np.abs(trained - EVALUATED) > 1e-3, axis=(1, 2, 3)).sum()
+    assert np.any(np.abs(trained - EVALUATED) > 1e-3, axis=(1, 2, 3)).sum() > 16
     np.testing.assert_array_equal(see(IMAGES, keys(64)), trained)
     assert not np.array_equal(see(IMAGES, keys(64, seed=1)), trained)
     # An example's key is all that its image depends on.
@@ -107,7 +111,9 @@ def test_augmentation_changes_images_in_training(crop, flip):
 @augmented
 def test_augmentation_leaves_evaluation_alone(crop, flip):
     batch = {"images": IMAGES, "labels": np.arange(64, dtype=np.int32) % 60, "mask": np.ones(64, np.float32)}
-    with_it, without = (classification(showing, mean=MEAN, **o).evaluate({}, batch) for o in ({"crop": crop, "flip": flip}, {}))
+    with_it, without = (
+        classification(showing, mean=MEAN, **o).evaluate({}, batch) for o in ({"crop": crop, "flip": flip}, {})
+    )
     assert with_it == without
     logits = EVALUATED.reshape(64, -1)
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(64), batch["labels"]]

@@ -71,7 +71,7 @@ def test_a_wrong_mask_is_caught(monkeypatch):
 
     monkeypatch.setattr(evaluation.Evaluator, "_place", unmasked)
     assert evaluator()(jnp.float32(1), 0, 16)  # nothing to mask
-    with pytest.raises(AssertionError, match="24.0 examples were evaluated, not 17"):
+    with pytest.raises(AssertionError, match=r"24\.0 examples were evaluated, not 17"):
         evaluator()(jnp.float32(1), 0, 17)
 
 

@@ -2,12 +2,10 @@
 
 import functools
 import io
-import json
 import time
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -295,7 +293,9 @@ def equations(jaxpr):
 
 def test_programs_do_not_grow_with_depth():
     sizes = {
-        depth: {name: equations(jax.make_jaxpr(f)(*arguments).jaxpr) for name, (f, arguments) in programs(depth).items()}
+        depth: {
+            name: equations(jax.make_jaxpr(f)(*arguments).jaxpr) for name, (f, arguments) in programs(depth).items()
+        }
         for depth in (20, 1202)
     }
     print(f"\nequations: {sizes}")

@@ -75,7 +75,15 @@ def test_the_remaining_time_of_a_resumed_run_counts_the_steps_of_this_sitting(cl
 
 @pytest.mark.parametrize(
     ("seconds", "shown"),
-    [(0, "0:00"), (0.4, "0:00"), (9, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (360_061, "100:01:01")],
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (9, "0:09"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599.7, "1:00:00"),
+        (360_061, "100:01:01"),
+    ],
 )
 def test_clock(seconds, shown):
     assert progress._clock(seconds) == shown

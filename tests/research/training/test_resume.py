@@ -11,9 +11,9 @@ import pytest
 # A tiny network, with BatchNorm and augmentation so that nothing a run carries is missing, trained by the one trainer.
 # Arguments: FOLDER CACHE DEVICES FATES... Each of FATES is a list: "0.3,0.8" is a first life that ends after 0.3 of the
 # moments of an uninterrupted one, a second that ends at 0.8, and one more that finishes the run; "damage", "ruin" and
-# "shorten" happen between lives; "all" stands for one fate for each moment. A moment is before a system call that changes
-# what will be found, or when half of the waiting metrics are written. Each life is a fork of a process that never used a
-# device.
+# "shorten" happen between lives; "all" stands for one fate for each moment. A moment is before a system call that
+# changes what will be found, or when half of the waiting metrics are written. Each life is a fork of a process that
+# never used a device.
 LIVES = """
 import functools
 import json
@@ -153,7 +153,8 @@ for number, fate in enumerate(fates):
         if survived[-1]:
             break
     log = Path(f"{folder}.log").read_text().splitlines()
-    print(json.dumps({"fate": fate, "survived": survived, "equal": remains(folder) == expected, "log": log}), flush=True)
+    end = {"fate": fate, "survived": survived, "equal": remains(folder) == expected, "log": log}
+    print(json.dumps(end), flush=True)
 """
 
 

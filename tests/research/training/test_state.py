@@ -110,7 +110,11 @@ def test_the_digest_sees_one_bit_a_name_a_type_and_a_shape():
 
 def test_streams_differ_by_name_and_by_seed():
     # Seeds that share their low bits too: keys hold 32.
-    keys = [state.stream(seed, name) for seed in (0, 1, 2**31, 2**32 - 1) for name in ("parameters", "order", "augmentation")]
+    keys = [
+        state.stream(seed, name)
+        for seed in (0, 1, 2**31, 2**32 - 1)
+        for name in ("parameters", "order", "augmentation")
+    ]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys)
     again = jax.random.key_data(state.stream(0, "order")).tobytes()
     assert again == jax.random.key_data(keys[1]).tobytes()
