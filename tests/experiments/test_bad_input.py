@@ -159,8 +159,10 @@ def checkpoint_steps(workdir):
     return sorted(int(path.name[5:13]) for path in found)
 
 
-def interrupted_run(commands, workdir):
-    """A run that was stopped after some steps; returns the step of its newest checkpoint."""
+@pytest.fixture(scope="module")
+def interrupted(commands, tmp_path_factory):
+    """A run that was stopped after some steps. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "work"
     with commands.start(*commands.many_checkpoints, f"--workdir={workdir}") as process:
         end = time.monotonic() + 120
         while max(checkpoint_steps(workdir) if workdir.exists() else [], default=0) < 4:
@@ -169,18 +171,18 @@ def interrupted_run(commands, workdir):
         process.terminate()
         process.communicate(timeout=60)
     assert process.returncode == 75
-    return checkpoint_steps(workdir)[-1]
+    return workdir
 
 
-def check_full_disk(commands, workdir, step, done, reason):
-    """The checkpoint of `step` has outlived the full disk, the line says so, and the run goes on from it."""
+def check_full_disk(workdir, interrupted, done, reason):
+    """The newest checkpoint has outlived the full disk, and the line says so."""
     line = refusal(done, 1)
     assert re.match(rf"cannot write {workdir}/runs/{RUN}/\S+: {reason}; ", line), line
     assert "start the same command again" in line
     if "checkpoints" in line:
         assert f"the checkpoint of step {checkpoint_steps(workdir)[-1]} is intact" in line
     assert not list(workdir.rglob(".tmp*"))
-    assert checkpoint_steps(workdir)[-1] >= step
+    assert checkpoint_steps(workdir)[-1] >= checkpoint_steps(interrupted)[-1]
 
 
 def check_goes_on(commands, workdir):
@@ -192,13 +194,16 @@ def check_goes_on(commands, workdir):
     assert [json.loads(line)["step"] for line in metrics] == [step for step in range(1, 31) for _ in range(2)]
 
 
-def test_a_limit_on_file_sizes(commands, tmp_path):
-    step = interrupted_run(commands, tmp_path)
+def test_a_limit_on_file_sizes(commands, interrupted, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(interrupted, workdir)
     # 512 or 1,024 bytes a block: less than a checkpoint, more than any other file.
     limited = ("sh", "-c", 'ulimit -f 30 && exec "$@"', "sh")
-    done = commands.run(*commands.many_checkpoints, f"--workdir={tmp_path}", prefix=limited)
-    check_full_disk(commands, tmp_path, step, done, "File too large")
-    check_goes_on(commands, tmp_path)
+    done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}", prefix=limited)
+    check_full_disk(workdir, interrupted, done, "File too large")
+    assert {path: path.read_bytes() for path in workdir.rglob("step_*")} == {
+        workdir / path.relative_to(interrupted): path.read_bytes() for path in interrupted.rglob("step_*")
+    }
 
 
 @pytest.fixture
@@ -215,16 +220,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk(commands, small_disk):
+def test_a_full_disk(commands, interrupted, small_disk):
     workdir = small_disk / "work"
-    step = interrupted_run(commands, workdir)
+    shutil.copytree(interrupted, workdir)
     ballast = small_disk / "ballast"
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
         while file.write(bytes(4_096)):
             pass
     os.truncate(ballast, ballast.stat().st_size - 20_000)  # a few lines of metrics fit, a checkpoint does not
     done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}")
-    check_full_disk(commands, workdir, step, done, "No space left on device")
+    check_full_disk(workdir, interrupted, done, "No space left on device")
     ballast.unlink()
     check_goes_on(commands, workdir)
 

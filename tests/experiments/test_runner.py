@@ -237,6 +237,10 @@ def run(cell, context):
     if cell.error == "signal":
         os.kill(os.getpid(), signal.SIGTERM)
         assert context.should_stop()
+    elif cell.error == "twice":
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
     elif cell.error == "file":
         open(context.folder.path / "missing" / "file")
     elif cell.error == "full":
@@ -353,6 +357,14 @@ def test_a_stop_signal_between_cells(toy):
     assert "interrupted: " in done.stderr.splitlines()[-1] and "1 of 3 cells are finished" in done.stderr
     again = toy()
     assert again.returncode == 0 and ran(again) == ["2", "3"]
+
+
+def test_a_second_interrupt_ends_at_once(toy, tmp_path):
+    done = toy("--error=twice")
+    assert done.returncode == 75 and ran(done) == ["1"]
+    assert "stopping" in done.stderr and done.stderr.splitlines()[-1].startswith("interrupted at once")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "work" / "runs" / "size-1" / "result.json").exists()
 
 
 def test_every_configuration_is_checked_before_the_first_cell_runs(toy, tmp_path):

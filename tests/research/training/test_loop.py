@@ -179,6 +179,12 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_validation_error(tmp_path)
     variables = state.unflatten(best.arrays, outcome.final, "best").variables
     wrong = (logits(variables, DATA.validation.images).argmax(-1) != DATA.validation.labels).mean()
     assert wrong == lowest
+    # A run that is stopped right after its best step remembers it.
+    with pytest.raises(Interrupted):
+        train(tmp_path / "stopped", plan(steps=24), learning_rate=2.0, should_stop=stop_after(first // 2))
+    train(tmp_path / "stopped", plan(steps=24), learning_rate=2.0)
+    kept = (tmp_path / "stopped" / "checkpoints" / checkpoint.BEST).read_bytes()
+    assert kept == best.path.read_bytes()
 
 
 # Divergence

@@ -172,7 +172,9 @@ fresh = state.initialize(Net(), optimizer, 0, (1, 8, 8, 1))
 for mode, steps_per_call in (("pmap", 1), ("jit", 1), ("shard_map", 1), ("pmap", 200)):
     outcome = train(mode, steps_per_call=steps_per_call)
     assert state.sha256(outcome.initial) == state.sha256(fresh) != outcome.sha256, "donated, but still in use"
-    print(json.dumps([mode, outcome.evaluations["train"]["loss"], outcome.evaluations["test"]["error"]]), flush=True)
+    records = run_folder.read_metrics(Path(sys.argv[1]) / f"{mode}-{steps_per_call}")
+    first = [[record["loss"], record["gradient_norm"]] for record in records[:3] if steps_per_call == 1]
+    print(json.dumps([mode, first, outcome.evaluations["train"]["loss"]]), flush=True)
 try:
     train("auto", batch_size=12)
 except UsageError as error:
@@ -185,9 +187,10 @@ def test_many_short_stretches_and_a_long_one_on_eight_devices_do_not_deadlock(co
     assert result.returncode == 0, result.stderr
     *ends, refusal = map(json.loads, result.stdout.splitlines())
     assert [mode for mode, *_ in ends] == ["pmap", "jit", "shard_map", "pmap"]
-    losses = [loss for _, loss, _ in ends]
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-2)
-    assert max(losses) < 0.5
+    assert max(loss for _, _, loss in ends) < 0.5
+    # The trainer asks for the model that belongs to the mode: with BatchNorm on its own on each device these differ.
+    for _, first, _ in ends[1:3]:
+        np.testing.assert_allclose(first, ends[0][1], rtol=1e-5)
     assert re.search("batch_size=12 does not divide by 8 devices: .*--devices=1", refusal)
 
 
