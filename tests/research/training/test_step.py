@@ -125,8 +125,8 @@ def test_a_named_axis_averages_shares_into_the_whole_batch():
 
 @pytest.fixture(scope="module")
 def network():
-    """A stretch of the real thing: a ResNet of one block, crops and mirror images; and its first state and data."""
-    model = ResNet((1,), width=4)
+    """A stretch of the real thing: a ResNet without blocks, crops and mirror images; and its first state and data."""
+    model = ResNet((), width=4)
     random = np.random.default_rng(0)
     data = {
         "images": random.integers(0, 256, (24, 8, 8, 1)).astype(np.uint8),
@@ -200,7 +200,7 @@ def test_the_first_state_is_the_seeds(network):
 def test_a_state_returns_from_its_arrays(network):
     state = train(network, [1])[0]
     arrays = states.flatten(state)
-    assert "params/stage1_first/conv1/kernel" in arrays and arrays["step"].dtype == np.int32
+    assert "params/stem_conv/kernel" in arrays and arrays["step"].dtype == np.int32
     again = states.unflatten(arrays, network[3], "a.safetensors")
     assert states.sha256(again) == states.sha256(state)
     assert jax.tree.structure(again) == jax.tree.structure(state)
