@@ -181,4 +181,5 @@ def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[
 
 def _line(number: int) -> dict[str, str]:
     """Colour, marker and dashes of the line of that number: told apart in grey as well."""
-    return {"color": COLOURS[number], "marker": MARKERS[number], "linestyle": ("--", "-", "-.", ":")[number % 4]}
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return {"color": colour, "marker": marker, "linestyle": ("--", "-", "-.", ":")[number % 4]}

@@ -86,7 +86,7 @@ class Spread:
     n: int
 
     def percent(self) -> str:
-        """As an error rate: `12.3 % ± 0.4 (n=5)`."""
+        """As an error rate: `12.34% ± 0.40 (n=5)`."""
         if math.isnan(self.mean):
             return "failed"
         return f"{self.mean:.2%}" if self.n == 1 else f"{self.mean:.2%} ± {100 * self.std:.2f} (n={self.n})"

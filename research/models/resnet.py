@@ -154,7 +154,8 @@ def cifar_resnet(
 def unstack_blocks(collection: Mapping[str, Any]) -> list[Any]:
     """The blocks of a ResNet's collection (parameters, gradients, intermediates) in order of depth, one tree each."""
     blocks = []
-    for stage in sorted({name.split("_")[0] for name in collection if name.startswith("stage")}):
+    stages = {name.split("_")[0] for name in collection if name.startswith("stage")}
+    for stage in sorted(stages, key=lambda name: int(name.removeprefix("stage"))):
         blocks.append(collection[f"{stage}_first"])
         rest = collection.get(f"{stage}_rest")
         if rest is not None:

@@ -234,6 +234,8 @@ def _check(plan: Plan, splits: Splits, devices: int) -> None:
         raise UsageError("steps, batch_size, steps_per_call and evaluate_every must be at least 1")
     if plan.batch_size > splits.train:
         raise UsageError(f"--batch_size={plan.batch_size} is larger than the training set: give at most {splits.train}")
+    if splits.train * plan.batch_size >= 2**31:  # the place in the stream of examples is counted in int32
+        raise UsageError(f"--batch_size={plan.batch_size}: give less than {2**31 // splits.train} for this data set")
     if plan.batch_size % devices:
         raise UsageError(
             f"--batch_size={plan.batch_size} does not divide by {devices} devices: give a multiple, or --devices=1"
