@@ -1,7 +1,7 @@
 """Plain against residual networks of growing depth: the degradation problem, He et al. 2015, section 4.2.
 
 Deeper plain networks end with a higher TRAINING error: they are not overfitted, they are not optimised. With identity
-shortcuts of no parameters the same layers train to any depth.
+shortcuts of no parameters the same layers train.
 
 By default: depth 8, 20 and 56 on the embedded 8x8 digits, in under three minutes on two cores. `--preset=he2015` is the
 paper's CIFAR-10 recipe: 64k iterations of 128 on 45k images, crops and flips, per-pixel mean, learning rate 0.1 divided
