@@ -64,6 +64,9 @@ class Config:
         choices=_AUGMENTATIONS,
     )
     evaluations: int = option(10, "How often, evenly spread, validation and test errors are measured.", minimum=1)
+    train_evaluation_examples: int | None = option(
+        None, "Of how many training examples the final training error is (default: all).", minimum=1
+    )
     steps_per_call: int = option(10, "Steps of a compiled stretch; interval of the logged training error.", minimum=1)
     parallel: str = option(
         "auto", "How a step is spread over devices; auto: jit on one, pmap on several.", choices=_PARALLEL
@@ -90,6 +93,7 @@ class Cell:
     augmentation: str
     evaluate_every: int
     steps_per_call: int
+    train_evaluation_examples: int | None
     data_dir: str | None = option(None, "", identity=False)
     parallel: str = option("auto", "", identity=False)
     devices: int | None = option(None, "", identity=False)
@@ -139,6 +143,7 @@ def cells(config: Config) -> list[Cell]:
             augmentation=augmentation,
             evaluate_every=stretches * config.steps_per_call,
             steps_per_call=config.steps_per_call,
+            train_evaluation_examples=config.train_evaluation_examples,
             data_dir=config.data_dir,
             parallel=config.parallel,
             devices=config.devices,

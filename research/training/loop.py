@@ -40,6 +40,7 @@ class Plan:
       batch_size: examples a step, over all devices.
       steps_per_call: steps of one compiled stretch; also the interval of the training metrics.
       evaluate_every: steps between evaluations on the validation and test splits.
+      train_evaluation_examples: of how many of the training examples (the first) the final evaluation is; None for all.
       parallel: `auto`, `pmap`, `jit` or `shard_map`.
       devices: how many; None for all that there are.
     """
@@ -49,6 +50,7 @@ class Plan:
     batch_size: int
     steps_per_call: int
     evaluate_every: int
+    train_evaluation_examples: int | None = None
     parallel: str = "auto"
     devices: int | None = None
 
@@ -172,8 +174,11 @@ def train(
         evaluator = Evaluator(make_task(state.bind(make_model(None))).evaluate, mesh, current.variables, data)
 
     def evaluate(*names):
+        ranges = {name: splits.range(name) for name in names}
+        if "train" in ranges and plan.train_evaluation_examples:
+            ranges["train"] = (0, min(plan.train_evaluation_examples, splits.train))
         with timers("evaluate"):
-            return {name: evaluator(current.variables, *splits.range(name)) for name in names}
+            return {name: evaluator(current.variables, *places) for name, places in ranges.items()}
 
     def save():
         with timers("checkpoint"):
@@ -182,6 +187,7 @@ def train(
             return time.monotonic()
 
     saved = save() if at == 0 else time.monotonic()
+    held_out = {}
     while at < plan.steps:
         if context.should_stop():
             save()
@@ -213,7 +219,8 @@ def train(
         elif time.monotonic() - saved >= _CHECKPOINT_SECONDS:
             saved = save()
 
-    evaluations = evaluate("train", "validation", "test")
+    # A run that was stopped after its last step comes here without having evaluated.
+    evaluations = {**evaluate("train"), **(held_out or evaluate("validation", "test"))}
     shown = ", ".join(
         f"{split} {metric} {value:.4g}" for split in evaluations for metric, value in evaluations[split].items()
     )

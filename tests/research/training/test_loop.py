@@ -104,6 +104,31 @@ def test_it_learns_and_the_final_evaluation_counts_every_example(tmp_path):
     assert outcome.examples_per_second == 160 * 32 / outcome.seconds["train"]
 
 
+def test_the_final_training_error_can_be_that_of_the_first_examples(tmp_path):
+    outcome = train(tmp_path, plan(train_evaluation_examples=100))
+    part = PARTS["train"]
+    scores = logits(outcome.final.variables, part.images[:100])
+    assert outcome.evaluations["train"]["error"] == (scores.argmax(-1) != part.labels[:100]).mean()
+    assert outcome.evaluations["test"].keys() == outcome.evaluations["train"].keys()
+
+
+def test_a_run_stopped_after_its_last_step_still_ends_with_every_error(tmp_path):
+    whole = train(tmp_path / "whole", plan())
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tmp_path / "stopped", plan(), log=DiesAtTheEnd())
+    again = train(tmp_path / "stopped", plan())
+    assert (again.evaluations, again.sha256) == (whole.evaluations, whole.sha256)
+
+
+class DiesAtTheEnd(io.StringIO):
+    """A terminal that fails when the run says that it is done: after the last checkpoint, before the result."""
+
+    def write(self, text):
+        if "done" in text:
+            raise RuntimeError("killed")
+        return super().write(text)
+
+
 @pytest.mark.parametrize("mode", ["jit", "pmap", "shard_map"])
 def test_the_initial_state_survives_the_donation_of_its_buffers(tmp_path, mode):
     outcome = train(tmp_path, plan(parallel=mode))
