@@ -1,101 +1,78 @@
-"""Residual networks and their plain counterparts, He et al. 2015, "Deep Residual Learning for Image Recognition".
+"""Residual networks and their plain counterparts: what every depth and variant of `research.models.resnet_tables` is.
 
-A network is a table: the number of blocks and the width of each stage. The blocks of a stage after its first are
-alike and run under `nn.scan`, so that compiling 1,202 layers costs about what compiling 20 does; their parameters carry
-a leading axis of blocks. Parameter names (`stem_conv`, `stage1_first`, `stage1_rest`, ..., `head`) are a contract.
+A network is a table: its stem, and the units of each stage. The units of a stage after its first are alike and run
+under `nn.scan`, so that compiling 1,202 layers costs about what compiling 20 does; their parameters carry a leading
+axis of units. Parameter names (`stem_conv`, `stage1_first`, `stage1_rest`, ..., `head`) are a contract.
 
-Differences from the paper: none known in the architecture. The paper does not say whether its initialisation counts
-fan-in or fan-out; this is fan-in. BatchNorm's running averages use momentum 0.9 per step, and epsilon 1e-5.
+Sources: He et al. 2015, "Deep Residual Learning for Image Recognition" (R1); He et al. 2016, "Identity Mappings in Deep
+Residual Networks" (R2); Xie et al. 2017 (ResNeXt); Hu et al. 2018 (squeeze-and-excitation, SENet-154).
+
+Differences from the papers: none known in the architectures. R1 does not say whether its initialisation counts fan-in
+or fan-out; this is fan-in (R2's released code: fan-out). BatchNorm's running averages use momentum 0.9 per step, and
+epsilon 1e-5. A v2 ImageNet network has its first activation right after the first convolution, before the max-pooling,
+as R2 writes and Facebook's Torch code does; TensorFlow's models and timm have it after the pooling.
 """
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
 
-from research.errors import UsageError
-from research.ops import conv, initializers, shortcuts
-
-_ONE_PIXEL = ((1, 1), (1, 1))
-
-
-def _convolve(x, kernel, strides, padding, **unused):
-    """nn.Conv's injected convolution: the repository's one door (only undilated, ungrouped NHWC is asked for)."""
-    return conv.conv2d(x, kernel, strides=strides, padding=padding)
+from research.models import repeat
+from research.models.convolution import Convolution
+from research.models.joins import JOINS, Join
+from research.models.residual_unit import PLACEMENTS, ResidualUnit
+from research.ops import dropout, initializers, pooling
 
 
-Conv3x3 = partial(
-    nn.Conv,
-    kernel_size=(3, 3),
-    padding=_ONE_PIXEL,
-    use_bias=False,
-    kernel_init=initializers.he_normal,
-    conv_general_dilated=_convolve,
-)
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, with or without the shortcut around them.
-
-        residual:  y = relu(F(x) + shortcut(x))        F(x) = norm2(conv2(relu(norm1(conv1(x)))))
-        plain:     y = relu(F(x))
-
-    Source: section 3.2, Figure 2 (left).
+class Stage(NamedTuple):
+    """Equal units; only the first has strides.
 
     Attributes:
-      features: channels of the result.
-      strides: of the first convolution and of the shortcut, in pixels.
-      residual: whether the shortcut is there.
-      norm: constructor of a normalisation layer.
+      units: how many.
+      convolutions: of the first unit's branch.
     """
 
-    features: int
-    strides: tuple[int, int]
-    residual: bool
-    norm: Callable[..., nn.Module]
+    units: int
+    convolutions: tuple[Convolution, ...]
 
-    @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        x = self._probe("input", x)
-        response1 = self._probe("response1", self.norm(name="norm1")(self._conv1(x)))
-        activation1 = self._probe("activation1", nn.relu(response1))
-        response2 = self._probe("response2", self.norm(name="norm2")(Conv3x3(self.features, name="conv2")(activation1)))
-        y = response2 + self._shortcut(x) if self.residual else response2
-        return self._probe("output", nn.relu(y)), None
-
-    def _conv1(self, x):
-        return Conv3x3(self.features, strides=self.strides, name="conv1")(x)
-
-    def _shortcut(self, x):
-        if self.strides == (1, 1) and x.shape[-1] == self.features:
-            return x
-        return shortcuts.subsample_and_pad(x, self.features, self.strides)
-
-    def _probe(self, name, x):
-        """Lets an analysis read x ('intermediates') and take gradients at x ('perturbations'); costs nothing else."""
-        self.sow("intermediates", name, x)
-        return self.perturb(name, x) if self.has_variable("perturbations", name) else x
+    @property
+    def rest(self) -> tuple[Convolution, ...]:
+        """The convolutions of the units after the first."""
+        return tuple(row._replace(stride=1) for row in self.convolutions)
 
 
 class ResNet(nn.Module):
-    """A 3x3 stem, stages of basic blocks, global average pooling and a linear classifier (section 4.2).
-
-    Each stage after the first halves the map in its first block and doubles the width.
+    """A stem, stages of residual units, global average pooling and a linear classifier.
 
     Attributes:
-      stage_sizes: blocks of each stage.
-      width: channels of the first stage.
+      stem: its convolutions, each followed by normalisation and ReLU.
+      pool: a 3x3 max-pooling of stride 2 after the stem.
+      stages: see `Stage`.
       num_classes: outputs.
-      residual: residual blocks, or plain ones of the same layers.
+      residual: residual units, or plain ones of the same layers.
+      placement: a key of `PLACEMENTS`.
+      join: constructor of a `Join`.
+      option, projection_kernel, squeeze_ratio: of `ResidualUnit`.
+      head_dropout: probability with which a feature is dropped before the classifier in training.
+      remat: compute units again in the backward pass, all but each stage's first (`research.models.repeat`).
       axis_name: the mapped axis over which BatchNorm takes its means; None on one device and under `jit`.
     """
 
-    stage_sizes: tuple[int, ...]
-    width: int = 16
-    num_classes: int = 10
+    stem: tuple[Convolution, ...]
+    pool: bool
+    stages: tuple[Stage, ...]
+    num_classes: int
     residual: bool = True
+    placement: str = "original"
+    join: Callable[..., Join] = JOINS["identity"]
+    option: str = "A"
+    projection_kernel: int = 1
+    squeeze_ratio: int = 0
+    head_dropout: float = 0.0
+    remat: bool = False
     axis_name: str | None = None
 
     @nn.compact
@@ -104,55 +81,53 @@ class ResNet(nn.Module):
         norm = partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name
         )
-        x = nn.relu(norm(name="stem_norm")(Conv3x3(self.width, name="stem_conv")(x)))
-        for stage, blocks in enumerate(self.stage_sizes, start=1):
-            features = self.width * 2 ** (stage - 1)
-            strides = (1, 1) if stage == 1 else (2, 2)
-            x, _ = BasicBlock(features, strides, self.residual, norm, name=f"stage{stage}_first")(x)
-            if blocks > 1:
-                rest = _repeat(BasicBlock, blocks - 1)
-                x, _ = rest(features, (1, 1), self.residual, norm, name=f"stage{stage}_rest")(x, None)
+        for number, row in enumerate(self.stem, start=1):
+            suffix = "" if number == 1 else str(number)
+            x = nn.relu(norm(name=f"stem_norm{suffix}")(row.layer(f"stem_conv{suffix}")(x)))
+        if self.pool:
+            x = pooling.max_pool(x, window=3, stride=2, padding=1)
+        options = self.unit_options(train=train, norm=norm)
+        for number, stage in enumerate(self.stages, start=1):
+            first = ResidualUnit(
+                stage.convolutions,
+                projection_kernel=1 if number == 1 else self.projection_kernel,
+                activated=number == 1,
+                name=f"stage{number}_first",
+                **options,
+            )
+            x, _ = first(x)
+            if stage.units > 1:
+                x = self._rest(f"stage{number}_rest", stage, options, x)
+        for kind in PLACEMENTS[self.placement].final:
+            x = nn.relu(x) if kind == "r" else norm(name="final_norm")(x)
         x = x.mean(axis=(1, 2))
+        if train and self.head_dropout:
+            keep = dropout.keep_mask(
+                self.make_rng("dropout"), x.shape, rate=self.head_dropout, axis_name=self.axis_name
+            )
+            x = x * keep / (1 - self.head_dropout)
         return nn.Dense(self.num_classes, kernel_init=initializers.he_normal, name="head")(x)
 
+    def unit_options(self, *, train: bool, norm: Callable[..., nn.Module]) -> dict[str, Any]:
+        """What all units of the network share."""
+        return {
+            "residual": self.residual,
+            "placement": PLACEMENTS[self.placement],
+            "norm": norm,
+            "join": partial(self.join, train=train, axis_name=self.axis_name),
+            "option": self.option,
+            "squeeze_ratio": self.squeeze_ratio,
+        }
 
-def _repeat(block: type[nn.Module], length: int):
-    """`length` blocks in a row as one compiled body; every collection they hold gains a leading axis of blocks."""
-    return nn.scan(
-        block,
-        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0, "perturbations": 0},
-        split_rngs={"params": True},
-        length=length,
-    )
-
-
-def cifar_resnet(
-    depth: int = 20,
-    block: str = "residual",
-    width: int = 16,
-    num_classes: int = 10,
-    axis_name: str | None = None,
-) -> ResNet:
-    """The 6n+2-layer network of section 4.2: n blocks of two layers in each of three stages.
-
-    Raises:
-      UsageError: the depth is not 6n+2 with n >= 1, or the block is unknown.
-    """
-    blocks, remainder = divmod(depth - 2, 6)
-    if remainder or blocks < 1:
-        below = max(8, depth - (depth - 2) % 6)
-        raise UsageError(
-            f"depth {depth} is not 6n+2 (three stages of n blocks of two layers): try {below} or {below + 6}"
-        )
-    if block not in ("plain", "residual"):
-        raise UsageError(f"block {block!r} is unknown: choose plain or residual")
-    if width < 1:
-        raise UsageError(f"width {width} is not a number of channels: give at least 1")
-    return ResNet((blocks,) * 3, width, num_classes, block == "residual", axis_name)
+    def _rest(self, name, stage, options, x):
+        if self.remat and not self.is_initializing():
+            unit = ResidualUnit(stage.rest, parent=None, **options)
+            return repeat.rematerialised(self, name, unit, stage.units - 1, x)
+        return repeat.scanned(ResidualUnit, stage.units - 1)(stage.rest, name=name, **options)(x, None)[0]
 
 
 def unstack_blocks(collection: Mapping[str, Any]) -> list[Any]:
-    """The blocks of a ResNet's collection (parameters, gradients, intermediates) in order of depth, one tree each."""
+    """The units of a ResNet's collection (parameters, gradients, intermediates) in order of depth, one tree each."""
     blocks = []
     stages = {name.split("_")[0] for name in collection if name.startswith("stage")}
     for stage in sorted(stages, key=lambda name: int(name.removeprefix("stage"))):

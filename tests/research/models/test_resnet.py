@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 
 from research.errors import UsageError
 from research.models import MODELS, cifar_resnet
-from research.models.resnet import BasicBlock, unstack_blocks
+from research.models.residual_unit import ResidualUnit
+from research.models.resnet import unstack_blocks
 
 # He et al. 2015, Table 6, computed exactly: depth -> (parameters, multiply-adds of one 32x32 image).
 COUNTS = {
@@ -273,7 +274,7 @@ def test_a_wrong_depth_names_the_nearest_valid_ones(depth):
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"block": "bottleneck"}, "'bottleneck' is unknown: choose plain or residual"), ({"width": 0}, "width 0")],
+    [({"block": "bottleneck"}, "'bottleneck' is unknown: choose from plain, residual"), ({"width": 0}, "width 0")],
 )
 def test_other_wrong_arguments_are_one_line(wrong, message):
     with pytest.raises(UsageError, match=message):
@@ -361,15 +362,15 @@ def unrolled(model, variables, x, train):
         own = {kind: tree[name] for kind, tree in collections.items() if name in tree}
         return module.apply(own, x, mutable=["batch_stats"], **keywords)
 
-    x, _ = call(nn.Conv(model.width, (3, 3), padding=1, use_bias=False), "stem_conv", x)
+    x, _ = call(nn.Conv(model.stem[0].features, (3, 3), padding=1, use_bias=False), "stem_conv", x)
     x, _ = call(norm(), "stem_norm", x)
     x = nn.relu(x)
     blocks = zip(*(unstack_blocks(variables[kind]) for kind in ("params", "batch_stats")), strict=True)
     averages = []
     for number, (params, stats) in enumerate(blocks):
-        stage, place = divmod(number, model.stage_sizes[0])
-        strides = (2, 2) if stage and not place else (1, 1)
-        block = BasicBlock(model.width * 2**stage, strides, model.residual, norm)
+        stage, place = divmod(number, model.stages[0].units)
+        convolutions = model.stages[stage].rest if place else model.stages[stage].convolutions
+        block = ResidualUnit(convolutions, **model.unit_options(train=train, norm=norm))
         (x, _), new = block.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
         averages.append(new["batch_stats"])
     logits, _ = call(nn.Dense(model.num_classes), "head", x.mean(axis=(1, 2)))

@@ -1,0 +1,68 @@
+"""Equal units in a row as one compiled body, with or without keeping what is inside them for the backward pass."""
+
+import math
+
+import jax
+from flax import linen as nn
+from jax import lax
+
+
+def scanned(unit: type[nn.Module], length: int) -> type[nn.Module]:
+    """`length` units in a row; every collection they hold gains a leading axis of units."""
+    return nn.scan(
+        unit,
+        variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0, "perturbations": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+    )
+
+
+def rematerialised(parent: nn.Module, name: str, unit: nn.Module, length: int, x: jax.Array) -> jax.Array:
+    """Applies the units that `scanned` made under `name`, keeping only the input of every segment of units.
+
+    With n units in segments of about sqrt(n) / 2, the backward pass holds the inputs of n / segment segments and the
+    inside of one: activation memory grows with the square root of depth, for one more forward pass. (Half of sqrt(n),
+    since the inside of a unit weighs a few times its input.) Source: Chen et al. 2016, "Training Deep Nets with
+    Sublinear Memory Cost", section 4.
+
+    Args:
+      parent: the module that holds the variables, being applied, not initialised. Its units' probes are off.
+      name: of the stacked units in it.
+      unit: one unit, unbound, `unit(x) -> (y, None)`.
+      length: how many.
+      x: what the first one reads.
+    """
+    params = parent.variables["params"][name]
+    statistics = parent.variables.get("batch_stats", {}).get(name, {})
+    keys = jax.random.split(parent.make_rng("dropout"), length) if parent.has_rng("dropout") else None
+    mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
+
+    def one(x, leaves):
+        params, statistics, key = leaves
+        variables = {"params": params, "batch_stats": statistics}
+        rngs = {} if key is None else {"dropout": key}
+        (y, _), updated = unit.apply(variables, x, mutable=mutable, rngs=rngs)
+        return y, updated.get("batch_stats", {})
+
+    @jax.checkpoint
+    def segment(x, leaves):
+        return lax.scan(one, x, leaves)
+
+    size = segment_length(length)
+    whole = length - length % size
+    leaves = (params, statistics, keys)
+    x, updated = lax.scan(
+        segment, x, jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), leaves)
+    )
+    updated = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), updated)
+    if whole < length:
+        x, rest = segment(x, jax.tree.map(lambda leaf: leaf[whole:], leaves))
+        updated = jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), updated, rest)
+    if mutable:
+        parent.put_variable("batch_stats", name, updated)
+    return x
+
+
+def segment_length(length: int) -> int:
+    """Units of a segment: about half the square root of their number."""
+    return max(1, math.isqrt(length) // 2)
