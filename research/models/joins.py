@@ -1,8 +1,9 @@
 """How a residual unit joins its shortcut with its branch: the six kinds of He et al. 2016, Table 1, as Linen modules.
 
 The sixth, a 1x1 convolution on every shortcut, is projection option C of the unit itself. Called as
-`join(x, shortcut, branch)`: x what the unit reads `[batch, height, width, channels]`; shortcut and branch
-`[batch, height', width', features]`, x in the shape of the result, and F(x).
+`join(x, shortcut, branch, key)`: x what the unit reads `[batch, height, width, channels]`; shortcut and branch
+`[batch, height', width', features]`, x in the shape of the result, and F(x); key the unit's own in training, for those
+that draw.
 """
 
 from functools import partial
@@ -25,7 +26,7 @@ class Join(nn.Module):
 class Add(Join):
     """y = x + F."""
 
-    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
         return branch + shortcut
 
 
@@ -35,7 +36,7 @@ class Scale(Join):
     shortcut_scale: float = 0.5
     branch_scale: float = 0.5
 
-    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
         return shortcuts.scaled_sum(
             shortcut, branch, shortcut_scale=self.shortcut_scale, branch_scale=self.branch_scale
         )
@@ -56,7 +57,7 @@ class Gate(Join):
     bias: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
         stride = -(-x.shape[1] // shortcut.shape[1])
         layer = Convolution(shortcut.shape[-1], kernel=1, stride=stride).layer(
             "gate", use_bias=True, bias_init=nn.initializers.constant(self.bias)
@@ -76,11 +77,10 @@ class DropoutShortcut(Join):
 
     rate: float = 0.5
 
-    @nn.compact
-    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array) -> jax.Array:
-        if not self.train:
+    def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
+        if not self.train or self.is_initializing():
             return (1 - self.rate) * shortcut + branch
-        keep = dropout.keep_mask(self.make_rng("dropout"), shortcut.shape, rate=self.rate, axis_name=self.axis_name)
+        keep = dropout.keep_mask(key, shortcut.shape, rate=self.rate, axis_name=self.axis_name)
         return jnp.where(keep, shortcut, 0) + branch
 
 

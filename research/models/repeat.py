@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
@@ -12,12 +13,12 @@ def scanned(unit: type[nn.Module], length: int) -> type[nn.Module]:
     return nn.scan(
         unit,
         variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0, "perturbations": 0},
-        split_rngs={"params": True, "dropout": True},
+        split_rngs={"params": True},
         length=length,
     )
 
 
-def rematerialised(parent: nn.Module, name: str, unit: nn.Module, length: int, x: jax.Array) -> jax.Array:
+def rematerialised(parent: nn.Module, name: str, unit: nn.Module, x: jax.Array, keys: jax.Array | None) -> jax.Array:
     """Applies the units that `scanned` made under `name`, keeping only the input of every segment of units.
 
     With n units in segments of about sqrt(n) / 2, the backward pass holds the inputs of n / segment segments and the
@@ -28,26 +29,24 @@ def rematerialised(parent: nn.Module, name: str, unit: nn.Module, length: int, x
     Args:
       parent: the module that holds the variables, being applied, not initialised. Its units' probes are off.
       name: of the stacked units in it.
-      unit: one unit, unbound, `unit(x) -> (y, None)`.
-      length: how many.
+      unit: one unit, unbound, `unit(x, key) -> (y, None)`.
       x: what the first one reads.
+      keys: one a unit, or None.
     """
     params = parent.variables["params"][name]
     statistics = parent.variables.get("batch_stats", {}).get(name, {})
-    keys = jax.random.split(parent.make_rng("dropout"), length) if parent.has_rng("dropout") else None
     mutable = ["batch_stats"] if parent.is_mutable_collection("batch_stats") else []
 
     def one(x, leaves):
         params, statistics, key = leaves
-        variables = {"params": params, "batch_stats": statistics}
-        rngs = {} if key is None else {"dropout": key}
-        (y, _), updated = unit.apply(variables, x, mutable=mutable, rngs=rngs)
+        (y, _), updated = unit.apply({"params": params, "batch_stats": statistics}, x, key, mutable=mutable)
         return y, updated.get("batch_stats", {})
 
     @jax.checkpoint
     def segment(x, leaves):
         return lax.scan(one, x, leaves)
 
+    length = jax.tree.leaves(params)[0].shape[0]
     size = segment_length(length)
     whole = length - length % size
     leaves = (params, statistics, keys)
@@ -57,7 +56,7 @@ def rematerialised(parent: nn.Module, name: str, unit: nn.Module, length: int, x
     updated = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), updated)
     if whole < length:
         x, rest = segment(x, jax.tree.map(lambda leaf: leaf[whole:], leaves))
-        updated = jax.tree.map(lambda a, b: jax.numpy.concatenate([a, b]), updated, rest)
+        updated = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), updated, rest)
     if mutable:
         parent.put_variable("batch_stats", name, updated)
     return x

@@ -86,7 +86,8 @@ class ResidualUnit(nn.Module):
     activated: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, None]:
+        """y of x `[batch, height, width, channels]`; key for a join that draws. The second result is for `nn.scan`."""
         place, numbers = self.placement, itertools.count(1)
         x = self._probe("input", x)
         branch = x
@@ -108,7 +109,7 @@ class ResidualUnit(nn.Module):
         if self.squeeze_ratio:
             branch = SqueezeExcitation(self.squeeze_ratio, name="squeeze_excitation")(branch)
         branch = self._probe("branch", branch)
-        y = self.join(name="join")(split, self._shortcut(split), branch) if self.residual else branch
+        y = self.join(name="join")(split, self._shortcut(split), branch, key) if self.residual else branch
         return self._probe("output", self._activate(place.after, y, numbers)), None
 
     @property

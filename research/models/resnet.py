@@ -87,6 +87,7 @@ class ResNet(nn.Module):
         if self.pool:
             x = pooling.max_pool(x, window=3, stride=2, padding=1)
         options = self.unit_options(train=train, norm=norm)
+        keys = self._keys()
         for number, stage in enumerate(self.stages, start=1):
             first = ResidualUnit(
                 stage.convolutions,
@@ -95,18 +96,23 @@ class ResNet(nn.Module):
                 name=f"stage{number}_first",
                 **options,
             )
-            x, _ = first(x)
+            x, _ = first(x, keys and keys[number][0])
             if stage.units > 1:
-                x = self._rest(f"stage{number}_rest", stage, options, x)
+                x = self._rest(f"stage{number}_rest", stage, options, x, keys and keys[number][1:])
         for kind in PLACEMENTS[self.placement].final:
             x = nn.relu(x) if kind == "r" else norm(name="final_norm")(x)
         x = x.mean(axis=(1, 2))
-        if train and self.head_dropout:
-            keep = dropout.keep_mask(
-                self.make_rng("dropout"), x.shape, rate=self.head_dropout, axis_name=self.axis_name
-            )
+        if train and self.head_dropout and not self.is_initializing():
+            keep = dropout.keep_mask(keys[0], x.shape, rate=self.head_dropout, axis_name=self.axis_name)
             x = x * keep / (1 - self.head_dropout)
         return nn.Dense(self.num_classes, kernel_init=initializers.he_normal, name="head")(x)
+
+    def _keys(self):
+        """The classifier's key, then the keys of each stage's units; None where nothing is drawn."""
+        if not self.has_rng("dropout"):
+            return None
+        head, *stages = jax.random.split(self.make_rng("dropout"), 1 + len(self.stages))
+        return [head, *(jax.random.split(key, stage.units) for key, stage in zip(stages, self.stages, strict=True))]
 
     def unit_options(self, *, train: bool, norm: Callable[..., nn.Module]) -> dict[str, Any]:
         """What all units of the network share."""
@@ -119,11 +125,11 @@ class ResNet(nn.Module):
             "squeeze_ratio": self.squeeze_ratio,
         }
 
-    def _rest(self, name, stage, options, x):
+    def _rest(self, name, stage, options, x, keys):
         if self.remat and not self.is_initializing():
             unit = ResidualUnit(stage.rest, parent=None, **options)
-            return repeat.rematerialised(self, name, unit, stage.units - 1, x)
-        return repeat.scanned(ResidualUnit, stage.units - 1)(stage.rest, name=name, **options)(x, None)[0]
+            return repeat.rematerialised(self, name, unit, x, keys)
+        return repeat.scanned(ResidualUnit, stage.units - 1)(stage.rest, name=name, **options)(x, keys)[0]
 
 
 def unstack_blocks(collection: Mapping[str, Any]) -> list[Any]:

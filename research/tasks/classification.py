@@ -13,7 +13,7 @@ import optax
 from research.ops import augmentation
 
 Variables = Any
-# apply(variables, images, train=...) -> (logits, new variables other than the parameters)
+# apply(variables, images, train=..., key=...) -> (logits, new variables other than the parameters)
 Apply = Callable[..., tuple[jax.Array, Variables]]
 
 
@@ -22,8 +22,8 @@ class Classification:
     """The two questions the trainer asks of a model. Both are pure functions.
 
     Attributes:
-      loss: `(variables, batch, keys) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example, are
-        the same whatever the number of devices.
+      loss: `(variables, batch, keys, key) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example,
+        and the step's key are the same whatever the number of devices.
       evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1.
     """
 
@@ -58,11 +58,11 @@ def classification(apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool 
             image = augmentation.random_flip(image, flip_key)
         return image
 
-    def loss(variables, batch, keys):
+    def loss(variables, batch, keys, key=None):
         images = prepare(batch["images"], mean)
         if crop or flip:
             images = jax.vmap(augment)(images, keys)
-        logits, collections = apply(variables, images, train=True)
+        logits, collections = apply(variables, images, train=True, key=key)
         losses, errors = _losses_and_errors(logits, batch["labels"])
         value = losses.mean()
         return value, (collections, {"loss": value, "error": errors.mean()})

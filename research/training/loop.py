@@ -114,7 +114,7 @@ class Outcome:
 
 
 def train(
-    make_model: Callable[[str | None], Any],
+    make_model: Callable[..., Any],
     make_task: Callable[[Callable], Any],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -128,7 +128,7 @@ def train(
     run (same versions, thread count, devices and instruction set).
 
     Args:
-      make_model: axis name over which to take BatchNorm's means, or None -> the Flax module.
+      make_model: gives the Flax module; `axis_name=` names the axis over which to take BatchNorm's means.
       make_task: the bound module `apply` -> a task with `loss` and `evaluate`.
       optimizer: an optax transformation.
       schedule: its learning rate, for the record.
@@ -150,9 +150,9 @@ def train(
 
     with timers("compile"):
         axis = parallel.axis_name(mode)
-        task = make_task(state.bind(make_model(axis)))
+        task = make_task(state.bind(make_model(axis_name=axis)))
         example = next(iter(splits.arrays.values()))
-        initial = state.initialize(make_model(None), optimizer, plan.seed, (1, *example.shape[1:]))
+        initial = state.initialize(make_model(), optimizer, plan.seed, (1, *example.shape[1:]))
         initial = jax.device_get(initial)
     current, evaluated = _restore(context, initial, timers)
     current = parallel.replicate(current, mesh)
@@ -171,7 +171,7 @@ def train(
 
     with timers("compile"):
         # The evaluation network needs no axis: its arrays are global and BatchNorm uses its running averages.
-        evaluator = Evaluator(make_task(state.bind(make_model(None))).evaluate, mesh, current.variables, data)
+        evaluator = Evaluator(make_task(state.bind(make_model())).evaluate, mesh, current.variables, data)
 
     def evaluate(*names):
         ranges = {name: splits.range(name) for name in names}

@@ -63,16 +63,17 @@ def initialize(model: nn.Module, optimizer: optax.GradientTransformation, seed: 
 
 
 def bind(model: nn.Module):
-    """The model as a pure function `apply(variables, x, *, train) -> (output, collections)`.
+    """The model as a pure function `apply(variables, x, *, train, key=None) -> (output, collections)`.
 
-    In training the collections are the updated ones; in evaluation there are none.
+    In training the collections are the updated ones and `key` is what dropout draws from; in evaluation there are none.
     """
 
-    def apply(variables, x, *, train):
+    def apply(variables, x, *, train, key=None):
         if not train:
             return model.apply(variables, x, train=False), {}
         mutable = [name for name in variables if name != "params"]
-        return model.apply(variables, x, train=True, mutable=mutable)
+        rngs = None if key is None else {"dropout": key}
+        return model.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
 
     return apply
 

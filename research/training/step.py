@@ -30,9 +30,10 @@ def make_stretch(
 
     def step(state, data, indices, key):
         batch = {name: array[indices] for name, array in data.items()}
+        step_key = jax.random.fold_in(key, state.step)
+        keys = example_keys(indices, step_key)
         (_, (collections, metrics)), gradients = jax.value_and_grad(
-            lambda params: loss({**state.variables, "params": params}, batch, example_keys(indices, state.step, key)),
-            has_aux=True,
+            lambda params: loss({**state.variables, "params": params}, batch, keys, step_key), has_aux=True
         )(state.params)
         if axis_name is not None:
             # The gradient of each device's own loss, averaged after: right because check_vma is off (`parallel`).
@@ -44,11 +45,11 @@ def make_stretch(
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, collections, opt_state), metrics
 
-    def example_keys(indices, step, key):
+    def example_keys(indices, step_key):
         # A key belongs to a place in the global batch, so that augmentation does not depend on the number of devices.
         share = indices.shape[0]
         first = 0 if axis_name is None else lax.axis_index(axis_name) * share
-        return jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, step)))(first + jnp.arange(share))
+        return jax.vmap(partial(jax.random.fold_in, step_key))(first + jnp.arange(share))
 
     def stretch(state, data, indices, key):
         return lax.scan(lambda state, row: step(state, data, row, key), state, indices)

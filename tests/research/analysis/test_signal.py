@@ -10,7 +10,8 @@ from jax import lax
 
 from research.analysis.signal import propagation
 from research.models import cifar_resnet
-from research.models.resnet import ResNet, unstack_blocks
+from research.models.convolution import Convolution
+from research.models.resnet import ResNet, Stage, unstack_blocks
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.standard_normal((6, 8, 8, 3))
@@ -24,6 +25,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def network(units, residual=True):
+    """Stages of basic units, 4 channels wide in the first."""
+    stages = [
+        Stage(n, (Convolution(4 * 2**k, stride=2 if k else 1), Convolution(4 * 2**k))) for k, n in enumerate(units)
+    ]
+    return ResNet((Convolution(4),), False, tuple(stages), num_classes=10, residual=residual)
 
 
 def variables_of(model, *, initial=False, seed=0):
@@ -110,7 +119,7 @@ def by_hand(params, residual):
 
 @pytest.mark.parametrize("kind", ["plain", "residual"])
 def test_statistics_equal_those_by_hand(kind):
-    model = ResNet(STAGES, 4, residual=kind == "residual")
+    model = network(STAGES, kind == "residual")
     variables = variables_of(model)
     with jax.enable_x64(True):
         measured = propagation(model)(variables, IMAGES, LABELS)
@@ -142,7 +151,7 @@ def test_at_initialisation_plain_gradients_explode_and_residual_ones_do_not():
 
 
 def test_measuring_changes_nothing():
-    model = ResNet((1,), 4)
+    model = network((1,))
     variables = jax.tree.map(np.float32, variables_of(model))
     before = jax.tree.map(np.copy, variables)
     measure = propagation(model)

@@ -18,7 +18,7 @@ LOSSES = [math.log(3), math.log(2), math.log(1 + 2 * math.exp(-5)), 1000]
 ERRORS = [1, 0, 0, 1]  # of equal logits the first class counts as the answer
 
 
-def fixed_logits(variables, images, *, train):
+def fixed_logits(variables, images, *, train, key=None):
     """A model that answers LOGITS whatever it sees."""
     return variables["params"]["shift"] + LOGITS, {"calls": variables["calls"] + 1} if train else {}
 
@@ -65,7 +65,7 @@ IMAGES = np.random.default_rng(0).integers(1, 256, (64, 5, 4, 3)).astype(np.uint
 MEAN = np.random.default_rng(1).uniform(100, 150, (5, 4, 3)).astype(np.float32)
 
 
-def showing(variables, images, *, train):
+def showing(variables, images, *, train, key=None):
     """A model that hands out the images that it gets."""
     if not train:
         return images.reshape(len(images), -1), {}

@@ -18,7 +18,7 @@ DEVICES = {
     " --xla_cpu_collective_call_warn_stuck_timeout_seconds=10",
 }
 
-# Argument: PRECISION. Three steps of a residual network of depth 8 with BatchNorm, crops and flips.
+# Argument: PRECISION. Three steps of a residual network of depth 8 with BatchNorm, dropout, crops and flips.
 AGREEMENT = """
 import functools
 import json
@@ -44,18 +44,18 @@ arrays = {"images": train.images[:EXAMPLES], "labels": train.labels[:EXAMPLES]}
 mean = train.images.mean(axis=0).astype(TYPE)
 schedule = optimizers.step_decay(0.1, drops=(2,), warmup_steps=1)
 optimizer = optimizers.sgd(schedule)
-make_model = functools.partial(cifar_resnet, 8, "residual", 4, 10)
-initial = state.initialize(make_model(None), optimizer, 0, (1, 8, 8, 1))
+make_model = functools.partial(cifar_resnet, 8, "residual", 4, 10, join="dropout")
+initial = state.initialize(make_model(), optimizer, 0, (1, 8, 8, 1))
 initial = jax.device_get(jax.tree.map(lambda x: x.astype(TYPE) if x.dtype == np.float32 else x, initial))
 
 
 def run(mode, devices, model_axis="same", gradient_factor=1):
     mesh, axis = parallel.make_mesh(devices), parallel.axis_name(mode)
-    apply = state.bind(make_model(axis if model_axis == "same" else model_axis))
+    apply = state.bind(make_model(axis_name=axis if model_axis == "same" else model_axis))
     task = classification(apply, mean=mean, crop=2, flip=True)
 
-    def loss(variables, batch, keys):
-        value, aux = task.loss(variables, batch, keys)
+    def loss(variables, batch, keys, key):
+        value, aux = task.loss(variables, batch, keys, key)
         return value + (gradient_factor - 1) * (value - jax.lax.stop_gradient(value)), aux
 
     stretch = step.make_stretch(loss, optimizer, schedule, axis)

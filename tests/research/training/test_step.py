@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from research.errors import CarouselError
+from research.models.convolution import Convolution
 from research.models.resnet import ResNet
 from research.tasks.classification import classification
 from research.training import state as states
@@ -66,7 +67,7 @@ def test_late_steps_do_not_overflow(batch_size, examples):
 # Stretches
 
 
-def least_squares(variables, batch, keys):
+def least_squares(variables, batch, keys, key):
     """A linear model with noise from the keys, and a collection that counts its calls."""
     noise = jax.vmap(jax.random.normal)(keys)
     residual = batch["x"] @ variables["params"]["w"] - batch["y"] + 0.1 * noise
@@ -126,7 +127,7 @@ def test_a_named_axis_averages_shares_into_the_whole_batch():
 @pytest.fixture(scope="module")
 def network():
     """A stretch of the real thing: a ResNet without blocks, crops and mirror images; and its first state and data."""
-    model = ResNet((), width=4)
+    model = ResNet((Convolution(4),), False, (), num_classes=10)
     random = np.random.default_rng(0)
     data = {
         "images": random.integers(0, 256, (24, 8, 8, 1)).astype(np.uint8),
