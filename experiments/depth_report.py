@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.images import summary_row
 from research.analysis import figures, results, tables
 from research.analysis.results import Run, spread
 
@@ -18,16 +19,13 @@ PAPER = {
     110: ("1.7M", 6.43),
     1202: ("19.4M", 7.93),
 }
-_CONFIG = ("dataset", "block", "depth", "width", "seed", "steps", "batch_size", "learning_rate", "augmentation")
-_RESULT = ("params", "train_error", "validation_error", "test_error", "train_loss", "validation_loss", "test_loss")
-_SECONDS = ("compile", "train", "evaluate", "checkpoint")
 
 
 def report(workdir: Path, names: list[str]) -> None:
     """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
     runs = results.read_runs(workdir / "runs" / name for name in names)
     networks = results.group(runs, lambda run: (run.config["block"], run.config["depth"], run.config["width"]))
-    tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
+    tables.write_csv(workdir / "summary.csv", [summary_row(run, ("block", "depth")) for run in runs])
     missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
     dataset = runs[0].config["dataset"]
     print(
@@ -62,20 +60,6 @@ def _draw(runs: Sequence[Run], folder: Path) -> list[Path]:
         drawn["signal"] = figures.signal_propagation(in_order, deepest)
     made_from = figures.provenance(runs)
     return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    """A row of `summary.csv`; a diverged run has `failure` and no numbers."""
-    seconds = run.result.get("seconds") or dict.fromkeys(_SECONDS)
-    return {
-        **{name: run.config[name] for name in _CONFIG},
-        **{name: run.result.get(name) for name in _RESULT},
-        "seconds": sum(value for value in seconds.values() if value),
-        **{f"{name}_seconds": seconds[name] for name in _SECONDS},
-        "examples_per_second": run.result.get("examples_per_second"),
-        "failure": run.result.get("failure", ""),
-        "final_state_sha256": run.result.get("final_state_sha256", ""),
-    }
 
 
 def _row(network: tuple[str, int, int], runs: Sequence[Run]) -> dict[str, Any]:

@@ -151,6 +151,70 @@ def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str
 
 
 @styled
+def ranked(
+    groups: Mapping[str, Sequence[Run]], metrics: Mapping[str, str], paper: tuple[str, Sequence[float | None]]
+) -> Figure:
+    """One row a group, one panel a metric (`result key -> title`), and the paper's numbers in a last panel.
+
+    Open circles are runs, filled marks their mean with one standard deviation; the dashed line is the first group's
+    mean. `paper` is a title and a value in percent a group, None where the paper's run failed.
+    """
+    figure, axes = new(len(metrics) + 1, width=2.6, height=0.9 + 0.3 * len(groups), sharey=True)
+    rows = range(len(groups))
+    for axis, (metric, title) in zip(axes, metrics.items(), strict=False):
+        found = [[run.result.get(metric) for run in runs] for runs in groups.values()]
+        for row, values in enumerate(found):
+            seen, value = [100 * v for v in values if v is not None], spread(values)
+            axis.plot(seen, [row] * len(seen), "o", markersize=4, markerfacecolor="none", color="0.55", clip_on=False)
+            if value.n:
+                bar = 100 * value.std if value.n > 1 else None
+                axis.errorbar(100 * value.mean, row, xerr=bar, fmt="D", markersize=5, capsize=3, color=COLOURS[0])
+            if value.n < len(values):
+                _annotate_right(axis, row, f"{len(values) - value.n} of {len(values)} diverged")
+        if first := spread(found[0]).n:
+            axis.axvline(100 * spread(found[0]).mean, color="0.4", linestyle=_DASHED, linewidth=0.8)
+        axis.set(title=title, xlabel="error (%)", xlim=(0, None) if first else None)
+    title, values = paper
+    for row, value in enumerate(values):
+        if value is None:
+            _annotate_right(axes[-1], row, "fail (> 20%)")
+        else:
+            axes[-1].plot(value, row, "s", markersize=5, color=COLOURS[1])
+    if values and values[0] is not None:
+        axes[-1].axvline(values[0], color="0.4", linestyle=_DASHED, linewidth=0.8)
+    axes[-1].set(title=title, xlabel="error (%)", xlim=(0, 1.6 * max([v for v in values if v is not None], default=1)))
+    axes[0].set(yticks=rows, yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
+    return figure
+
+
+def _annotate_right(axis, row, text):
+    axis.annotate(
+        text, (0.99, row), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7, color="0.3"
+    )
+
+
+@styled
+def mean_curves(groups: Mapping[str, Sequence[Run]], metric: str, ylabel: str, title: str) -> Figure:
+    """A logged metric against the step, on a logarithmic scale: mean and range over runs, a line a group."""
+    figure, (axis,) = new(1, width=5.6, height=4.2)
+    for number, (name, runs) in enumerate(groups.items()):
+        curves = [curve for run in runs if (curve := run.series(metric))[0]]
+        if not curves:
+            continue
+        length = min(len(steps) for steps, _ in curves)  # of runs that diverged there is a part
+        steps, values = curves[0][0][:length], list(zip(*(values[:length] for _, values in curves), strict=True))
+        line = _line(number) | {"markevery": (number % 5, max(1, length // 6)), "markersize": 4}
+        axis.plot(steps, [sum(v) / len(v) for v in values], label=f"{name} (n = {len(curves)})", **line)
+        axis.fill_between(
+            steps, [min(v) for v in values], [max(v) for v in values], color=line["color"], alpha=0.15, linewidth=0
+        )
+    axis.set(title=title, xlabel="step", ylabel=ylabel, yscale="log")
+    _plain_logarithmic_labels(axis)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+@styled
 def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], depth: int) -> Figure:
     """How activations and gradients change from the first layer to the last, before training and after.
 
@@ -171,15 +235,19 @@ def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[
                 values = found[moment][statistic]
                 axis.plot(range(1, len(values) + 1), values, markersize=2.5, label=name, **_line(number))
             axis.set(yscale="log", xlabel=xlabel, ylabel=title, title=f"{depth} layers, {when}")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            _plain_logarithmic_labels(axis)
             axis.locator_params(axis="x", integer=True)
     legend_below(figure, axes[0])
     return figure
 
 
+def _plain_logarithmic_labels(axis):
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _line(number: int) -> dict[str, str]:
     """Colour, marker and dashes of the line of that number: told apart in grey as well."""
     colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    return {"color": colour, "marker": marker, "linestyle": ("--", "-", "-.", ":")[number % 4]}
+    return {"color": colour, "marker": marker, "linestyle": ("--", "-", "-.", ":")[(number + number // 8) % 4]}

@@ -8,6 +8,7 @@ so the gradient has a path that no layer attenuates; without it only the product
 2016, "Identity Mappings in Deep Residual Networks", equations 1 to 5; He et al. 2015, Figure 7 (layer responses).
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,8 @@ def propagation(model: Any) -> Callable[[Any, jax.Array, jax.Array], dict[str, l
       its labels `[batch]`. One number a block: `output_variance`, of its activations, and `block_input_gradient_norm`,
       the L2 norm over the batch of dL/dx, L the batch's mean cross-entropy and x what enters the block. One number a
       convolution in the blocks: `response_std`, after BatchNorm and before the sum and the ReLU (the 'layer response'
-      of He et al. 2015, Figure 7), and `weight_gradient_norm`, of dL/dW.
+      of He et al. 2015, Figure 7; with full pre-activation the convolution's own output), and `weight_gradient_norm`,
+      of dL/dW.
     """
 
     @jax.jit
@@ -52,9 +54,9 @@ def propagation(model: Any) -> Callable[[Any, jax.Array, jax.Array], dict[str, l
         blocks = {name: unstack_blocks(tree) for name, tree in found.items()}
         return {
             "output_variance": _floats(b["output"] for b in blocks["variance"]),
-            "response_std": _floats(b[name] for b in blocks["std"] for name in ("response1", "response2")),
+            "response_std": _floats(b[name] for b in blocks["std"] for name in _numbered("response", b)),
             "weight_gradient_norm": _floats(
-                b[conv]["kernel"] for b in blocks["weights"] for conv in ("conv1", "conv2")
+                b[name]["kernel"] for b in blocks["weights"] for name in _numbered("conv", b)
             ),
             "block_input_gradient_norm": _floats(b["input"] for b in blocks["gradient"]),
         }
@@ -71,6 +73,11 @@ def _by_block(tree, reduce):
         return jax.tree.map(lambda x: reduce(x.ravel()), leaves)
 
     return {name: of_stage(name, leaves) for name, leaves in tree.items()}
+
+
+def _numbered(kind, names) -> list[str]:
+    """`kind1`, `kind2`, ... as far as they are among the names: one a convolution of the block."""
+    return list(itertools.takewhile(lambda name: name in names, (f"{kind}{k}" for k in itertools.count(1))))
 
 
 def _floats(values) -> list[float]:

@@ -18,7 +18,7 @@ def observe(
     loss: Callable[[jax.Array], jax.Array],
     gradients_at: frozenset[str] = frozenset({"input"}),
 ) -> tuple[Any, Any, Any]:
-    """Forward and backward pass in training mode with the probes on; nothing is updated.
+    """Forward and backward pass in training mode with the probes on; nothing is updated, dropout draws from key 0.
 
     Args:
       model: called as `model(x, train=True)`.
@@ -35,7 +35,11 @@ def observe(
 
     def forward(params, perturbations):
         output, updated = model.apply(
-            {**variables, "params": params, "perturbations": perturbations}, inputs, train=True, mutable=mutable
+            {**variables, "params": params, "perturbations": perturbations},
+            inputs,
+            train=True,
+            mutable=mutable,
+            rngs={"dropout": jax.random.key(0)},
         )
         # sow() keeps a tuple, one entry a call; each probe is called once.
         activations = jax.tree.map(lambda x: x[0], updated["intermediates"], is_leaf=lambda x: isinstance(x, tuple))

@@ -121,6 +121,7 @@ def train(
     splits: Splits,
     plan: Plan,
     context: Context,
+    start: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains one model, from the beginning or from where the run folder's newest checkpoint left off.
 
@@ -135,9 +136,10 @@ def train(
       splits: the data set; it is copied to every device.
       plan: see `Plan`.
       context: where to write, what to show, and whether to stop.
+      start: variables to start from in place of random ones, such as imported weights.
 
     Raises:
-      UsageError: the plan contradicts itself or the data.
+      UsageError: the plan contradicts itself or the data, or `start` is of another model.
       Diverged: a loss was not finite; the last checkpoint before it is kept.
       Interrupted: as `context.should_stop` asked.
     """
@@ -154,6 +156,8 @@ def train(
         example = next(iter(splits.arrays.values()))
         initial = state.initialize(make_model(), optimizer, plan.seed, (1, *example.shape[1:]))
         initial = jax.device_get(initial)
+        if start is not None:
+            initial = state.replace_variables(initial, start)
     current, evaluated = _restore(context, initial, timers)
     current = parallel.replicate(current, mesh)
     data = parallel.replicate(dict(splits.arrays), mesh)

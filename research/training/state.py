@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +61,25 @@ def initialize(model: nn.Module, optimizer: optax.GradientTransformation, seed: 
         return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params))
 
     return jax.jit(init)(stream(seed, "parameters"))
+
+
+def replace_variables(initial: TrainState, variables: Mapping[str, Any]) -> TrainState:
+    """The state before the first step with other variables, such as imported weights; the optimiser's stay as they are.
+
+    Raises:
+      UsageError: names or shapes are not the model's.
+    """
+    named = [
+        {jax.tree_util.keystr(path, simple=True, separator="/"): np.shape(leaf) for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (initial.variables, dict(variables)))
+    ]
+    if odd := sorted(name for name, _ in named[0].items() ^ named[1].items()):
+        shapes = [str(names.get(odd[0], "nothing")) for names in named]
+        raise UsageError(
+            f"the weights to start from are not this network's: {odd[0]} is {shapes[0]} here and {shapes[1]} there"
+        )
+    collections = dict(variables)
+    return initial._replace(params=collections.pop("params"), collections=collections)
 
 
 def bind(model: nn.Module):

@@ -36,32 +36,6 @@ IMAGES = np.random.default_rng(0).standard_normal((16, 8, 8, 3)).astype(np.float
 LABELS = np.random.default_rng(1).integers(0, 10, 16)
 
 
-def abstract_variables(model, size=32):
-    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
-
-
-def lively(model, seed=0):
-    """Variables of the size of He et al.'s, with no zeros and ones: scales, shifts and running averages random too."""
-    random = np.random.default_rng(seed)
-
-    def value(path, leaf):
-        if path[-1].key == "kernel":
-            return random.standard_normal(leaf.shape) * math.sqrt(2 / math.prod(leaf.shape[-4:-1]))
-        positive = path[-1].key in ("scale", "var")
-        return random.uniform(0.5, 1.5, leaf.shape) - (0 if positive else 1)
-
-    return jax.tree_util.tree_map_with_path(value, abstract_variables(model, size=8))
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def cross_entropy(logits):
     return -jnp.take_along_axis(nn.log_softmax(logits), LABELS[:, None], axis=1).mean()
 
@@ -78,21 +52,27 @@ class Passes(NamedTuple):
     x_gradient: Any
 
 
-@functools.cache
-def passes(depth, block):
-    model = cifar_resnet(depth, block, 4)
-    variables = lively(model)
+@pytest.fixture(scope="module")
+def passes(abstract_variables, lively):
+    """`(depth, block)` -> `Passes`, each made once."""
 
-    def run(params, x):
-        def loss(params, x):
-            logits, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
-            return cross_entropy(logits), (logits, new["batch_stats"])
+    @functools.cache
+    def made(depth, block):
+        model = cifar_resnet(depth, block, 4)
+        variables = lively(abstract_variables(model, size=8))
 
-        (gradients, x_gradient), (trained, averages) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
-        return model.apply(variables, x, train=False), trained, averages, gradients, x_gradient
+        def run(params, x):
+            def loss(params, x):
+                logits, new = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+                return cross_entropy(logits), (logits, new["batch_stats"])
 
-    with jax.enable_x64(True):
-        return Passes(model, variables, *jax.device_get(jax.jit(run)(variables["params"], np.float64(IMAGES))))
+            (gradients, x_gradient), (trained, averages) = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+            return model.apply(variables, x, train=False), trained, averages, gradients, x_gradient
+
+        with jax.enable_x64(True):
+            return Passes(model, variables, *jax.device_get(jax.jit(run)(variables["params"], np.float64(IMAGES))))
+
+    return made
 
 
 # Counts
@@ -100,42 +80,15 @@ def passes(depth, block):
 
 @both
 @pytest.mark.parametrize("depth", COUNTS)
-def test_parameter_counts_are_the_published_ones(depth, block):
+def test_parameter_counts_are_the_published_ones(depth, block, abstract_variables):
     variables = abstract_variables(cifar_resnet(depth, block))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"])) == COUNTS[depth][0]
 
 
-def equations(jaxpr, times=1):
-    """Every equation of a jaxpr and of those inside it, with how often it runs."""
-    for equation in jaxpr.eqns:
-        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
-        inner = [value for value in inner if hasattr(value, "eqns")]
-        if not inner:
-            yield equation, times
-        for body in inner:
-            yield from equations(body, times * equation.params.get("length", 1))
-
-
-def operations(depth, block, **options):
-    """How often each primitive runs in evaluation of one image, and the multiply-adds."""
-    model = cifar_resnet(depth, block, **options)
-    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    jaxpr = jax.make_jaxpr(lambda variables, x: model.apply(variables, x, train=False))(abstract_variables(model), x)
-    counts, macs = {}, 0
-    for equation, times in equations(jaxpr.jaxpr):
-        name = equation.primitive.name
-        counts[name] = counts.get(name, 0) + times
-        if name in ("conv_general_dilated", "dot_general"):
-            # Each output adds one product per kernel element of its feature (the last axis of kernel and result).
-            kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-            macs += times * math.prod(result) * math.prod(kernel) // kernel[-1]
-    return counts, macs
-
-
 @both
 @pytest.mark.parametrize("depth", COUNTS)
-def test_operations_are_those_of_the_paper(depth, block):
-    counts, macs = operations(depth, block)
+def test_operations_are_those_of_the_paper(depth, block, operations, abstract_variables):
+    counts, macs = operations(cifar_resnet(depth, block))
     assert macs == COUNTS[depth][1]
     assert counts["conv_general_dilated"] == depth - 1
     assert counts["dot_general"] == 1
@@ -154,7 +107,7 @@ def test_operations_are_those_of_the_paper(depth, block):
 # Names and order
 
 
-def test_parameter_names_are_a_contract():
+def test_parameter_names_are_a_contract(abstract_variables):
     """Checkpoints outlive refactors: a change here makes every one of them unreadable."""
     shapes = {"/".join(path): leaf.shape for path, leaf in flatten_dict(abstract_variables(cifar_resnet(20))).items()}
     assert set(shapes) == {
@@ -231,7 +184,7 @@ def test_parameter_names_are_a_contract():
 
 
 @both
-def test_names_do_not_depend_on_the_block_and_short_stages_have_no_rest(block):
+def test_names_do_not_depend_on_the_block_and_short_stages_have_no_rest(block, abstract_variables):
     names = flatten_dict(abstract_variables(cifar_resnet(8, block)))
     assert names.keys() == flatten_dict(abstract_variables(cifar_resnet(8))).keys()
     assert {path[1] for path in names if path[0] == "params"} == {
@@ -290,7 +243,7 @@ def test_the_table_of_models_holds_the_constructor():
 
 @both
 @pytest.mark.parametrize("depth", [8, 20])
-def test_every_parameter_has_a_gradient(depth, block):
+def test_every_parameter_has_a_gradient(depth, block, passes):
     for path, leaf in flatten_dict(passes(depth, block).gradients, sep="/").items():
         assert np.isfinite(leaf).all(), path
         if not path.endswith("kernel"):
@@ -299,7 +252,7 @@ def test_every_parameter_has_a_gradient(depth, block):
             assert (kernel != 0).mean() > 0.9, path
 
 
-def test_the_shortcut_changes_the_output():
+def test_the_shortcut_changes_the_output(passes):
     plain, residual = (passes(20, block) for block in BLOCKS)
     for one, two in ((plain.evaluated, residual.evaluated), (plain.trained, residual.trained)):
         assert np.abs(one - two).max() > 0.1 * np.abs(one).max()
@@ -322,10 +275,10 @@ def test_initial_values_and_sizes_follow_the_arguments():
     assert len(np.unique(kernels)) == 3 * kernels[0].size  # each block is drawn apart
 
 
-def test_batch_statistics_cross_the_axis_only_if_it_is_named():
+def test_batch_statistics_cross_the_axis_only_if_it_is_named(abstract_variables, lively):
     named, local = (cifar_resnet(8, width=4, axis_name=name) for name in ("batch", None))
-    variables = lively(local)
-    assert jax.tree.structure(lively(named)) == jax.tree.structure(variables)
+    variables = lively(abstract_variables(local, size=8))
+    assert jax.tree.structure(abstract_variables(named, size=8)) == jax.tree.structure(variables)
     train = {"train": True, "mutable": ["batch_stats"]}
 
     def mapped(model, variables, images):
@@ -378,7 +331,7 @@ def unrolled(model, variables, x, train):
 
 
 @both
-def test_the_scan_is_the_blocks_one_after_another(block):
+def test_the_scan_is_the_blocks_one_after_another(block, passes, relative):
     done = passes(20, block)
     with jax.enable_x64(True):
         images = np.float64(IMAGES)
@@ -466,7 +419,7 @@ TORCH_NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "r
 
 @both
 @pytest.mark.parametrize("depth", [8, 20])
-def test_values_and_gradients_equal_pytorchs(depth, block):
+def test_values_and_gradients_equal_pytorchs(depth, block, passes, relative):
     torch = pytest.importorskip("torch", reason="torch is not installed (extra [bench])")
     done = passes(depth, block)
     network = torch_network(torch, depth, 4, block == "residual")
@@ -501,10 +454,3 @@ def test_values_and_gradients_equal_pytorchs(depth, block):
         n = len(IMAGES) * size * size
         batch = (module.running_var.numpy() - 0.9 * old["var"]) / 0.1 * (n - 1) / n
         assert relative(new["var"], 0.9 * old["var"] + 0.1 * batch) < 1e-10, number
-
-
-def relative(got, expected):
-    got, expected = np.asarray(got), np.asarray(expected)
-    assert got.shape == expected.shape
-    assert np.abs(expected).max() > 0
-    return np.abs(got - expected).max() / np.abs(expected).max()

@@ -1,0 +1,94 @@
+"""Tables and figures of the identity-mapping comparisons, from their run folders alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.identity_tables import FAIL, PAPER, VARIANTS, paper_error
+from experiments.images import summary_row
+from research.analysis import figures, results, tables
+from research.analysis.results import Run, spread
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
+    runs = results.read_runs(workdir / "runs" / name for name in names)
+    tables.write_csv(workdir / "summary.csv", [summary_row(run, ("variant", "unit", "depth")) for run in runs])
+    missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
+    written = []
+    made_from = figures.provenance(runs)
+    for network, same in results.group(runs, _network).items():
+        variants = results.group(same, lambda run: run.config["variant"])
+        title = f"\n{network}, {same[0].config['dataset']}: paper | here{missing}"
+        print(tables.render(title, [_row(network, *item) for item in variants.items()]))
+        for name, figure in _figures(network, variants).items():
+            written += figures.save(figure, workdir / "figures" / f"{name}_{network}", made_from)
+    print("\n" + "\n".join(["Differences of these runs from the paper's:", *differences(runs)]))
+    print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(map(str, written))}")
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """What of the setting is not the paper's, one line each."""
+    config = runs[0].config
+    here = {
+        "data": (config["dataset"], "cifar10"),
+        "width": (config["width"], 16),
+        "steps": (config["steps"], 64_000),
+        "examples a step": (config["batch_size"], 128),
+        "learning rate": (config["learning_rate"], 0.1),
+        "warm-up steps": (config["warmup_steps"], 400),
+        "augmentation": (config["augmentation"], "crop_and_flip"),
+        "networks": (", ".join(sorted({_network(run) for run in runs})), ", ".join(PAPER)),
+        "seeds": (len({run.config["seed"] for run in runs}), 5),
+    }
+    lines = [f"  {name}: {ours} (paper: {papers})" for name, (ours, papers) in here.items() if ours != papers]
+    return [*lines, "  mean ± standard deviation over seeds (paper: median of 5; 'fail' is an error above 20%)"]
+
+
+def _network(run: Run) -> str:
+    return f"{run.config['unit']}-{run.config['depth']}"
+
+
+def _row(network: str, variant: str, runs: Sequence[Run]) -> dict[str, Any]:
+    reference, error = paper_error(variant, network)
+    diverged = sum(1 for run in runs if run.result.get("failure"))
+    return {
+        "unit": VARIANTS[variant].label,
+        f"paper: {reference}, test error": error,
+        "here: test error": _percent(runs, "test_error"),
+        "training error": _percent(runs, "train_error"),
+        "training loss": _number(runs, "train_loss"),
+        "parameters": runs[0].result.get("params", "-"),
+        "diverged": f"{diverged} of {len(runs)}" if diverged else "",
+    }
+
+
+def _percent(runs: Sequence[Run], name: str) -> str:
+    return spread(run.result.get(name) for run in runs).percent()
+
+
+def _number(runs: Sequence[Run], name: str) -> str:
+    found = spread(run.result.get(name) for run in runs)
+    return f"{found.mean:.3f} ± {found.std:.3f}" if found.n > 1 else f"{found.mean:.3f}"
+
+
+def _figures(network: str, variants: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    labelled = {VARIANTS[variant].label: runs for variant, runs in variants.items()}
+    papers = [PAPER.get(network, PAPER["basic-110"]).get(v, PAPER["basic-110"][v]) for v in variants]
+    reference = network if network in PAPER else "basic-110"
+    drawn = {
+        "errors": figures.ranked(
+            labelled,
+            {"train_error": f"training error here, {network}", "test_error": f"test error here, {network}"},
+            (f"test error in the paper, {reference}", [None if error == FAIL else error for error in papers]),
+        ),
+        "curves": figures.mean_curves(labelled, "loss", "training loss", f"{network}"),
+    }
+    signals = {
+        label: found
+        for label, runs in labelled.items()
+        if (found := next((signal for run in runs if (signal := run.read_json("signal.json"))), None))
+    }
+    if signals:
+        drawn["signal"] = figures.signal_propagation(signals, int(network.split("-")[1]))
+    return drawn
