@@ -1,5 +1,6 @@
 """What the tests of networks share: abstract variables, variables without zeros and ones, and counts of operations."""
 
+import functools
 import math
 
 import jax
@@ -16,6 +17,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@functools.cache
 def _abstract_variables(model, size=32):
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), x)
