@@ -135,6 +135,74 @@ def test_gradients_equal_xlas(case, dtype, monkeypatch):
         assert relative_error(ours, np.asarray(theirs)) < (1e-5 if dtype == np.float32 else 1e-12)
 
 
+# Groups: each part of the features reads its part of the channels
+
+# size, channels, features, kernel size, groups, strides, padding
+GROUPED = [
+    (6, 6, 4, 3, 2, (1, 1), "SAME"),
+    (8, 4, 8, 3, 4, (2, 2), ((1, 1), (1, 1))),  # a widening unit of ResNeXt
+    (7, 6, 3, 3, 3, (2, 1), "VALID"),
+    (6, 5, 10, 3, 5, (1, 1), "SAME"),  # one channel a group: depthwise
+    (5, 4, 4, 1, 4, (1, 1), "SAME"),
+]
+grouped = pytest.mark.parametrize("case", GROUPED, ids=str)
+
+
+def grouped_arrays(case):
+    size, channels, features, kernel_size, groups, *_ = case
+    random = np.random.default_rng(3)
+    x = random.standard_normal((2, size, size, channels))
+    return x, random.standard_normal((kernel_size, kernel_size, channels // groups, features))
+
+
+def by_group(function, x, kernel, groups):
+    """A function of images and a kernel applied to each group alone."""
+    xs, kernels = (np.split(array, groups, axis=-1) for array in (x, kernel))
+    return [function(*pair) for pair in zip(xs, kernels, strict=True)]
+
+
+@grouped
+def test_groups_are_convolutions_beside_each_other(case):
+    *_, groups, strides, padding = case
+    with jax.enable_x64(True):
+        x, kernel = grouped_arrays(case)
+        y = conv.conv2d(x, kernel, strides=strides, padding=padding, groups=groups)
+    expected = by_group(lambda x, kernel: by_scipy(x, kernel, strides, padding), x, kernel, groups)
+    assert relative_error(y, np.concatenate(expected, axis=-1)) < 1e-14
+
+
+@grouped
+def test_gradients_of_groups_are_those_of_convolutions_beside_each_other(case):
+    *_, groups, strides, padding = case
+    with jax.enable_x64(True):
+        x, kernel = grouped_arrays(case)
+
+        def gradients(function):
+            return jax.jit(jax.grad(lambda x, kernel: jnp.sin(function(x, kernel)).sum(), (0, 1)))
+
+        got = gradients(partial(conv.conv2d, strides=strides, padding=padding, groups=groups))(x, kernel)
+        alone = gradients(lambda x, kernel: by_xla(x, kernel, strides, padding))
+        for ours, parts in zip(got, zip(*by_group(alone, x, kernel, groups), strict=True), strict=True):
+            assert relative_error(ours, np.concatenate(parts, axis=-1)) < 1e-12
+
+
+def test_groups_are_one_operation_of_xla():
+    x, kernel = grouped_arrays(GROUPED[0])
+    loss = square_of(conv.conv2d, groups=2)
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(np.float32(x), np.float32(kernel)).jaxpr
+    assert (count(jaxpr, "conv_general_dilated"), count(jaxpr, "dot_general")) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel_channels", "features", "groups"),
+    [(6, 6, 4, 2), (6, 3, 4, 3), (6, 3, 5, 2), (6, 3, 4, 1)],  # kernel too deep, too shallow, features, no groups
+)
+def test_groups_must_divide_channels_and_features(channels, kernel_channels, features, groups):
+    x, kernel = jnp.ones((1, 4, 4, channels)), jnp.ones((3, 3, kernel_channels, features))
+    with pytest.raises(AssertionError):
+        conv.conv2d(x, kernel, groups=groups)
+
+
 # The batch in blocks
 
 
