@@ -78,27 +78,17 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits `[batch, num_classes]` of images `[batch, height, width, channels]`."""
-        norm = partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name
-        )
+        norm, keys = self._norm(train), self._keys()
         for number, row in enumerate(self.stem, start=1):
             suffix = "" if number == 1 else str(number)
             x = nn.relu(norm(name=f"stem_norm{suffix}")(row.layer(f"stem_conv{suffix}")(x)))
         if self.pool:
             x = pooling.max_pool(x, window=3, stride=2, padding=1)
-        options = self.unit_options(train=train, norm=norm)
-        keys = self._keys()
         for number, stage in enumerate(self.stages, start=1):
-            first = ResidualUnit(
-                stage.convolutions,
-                projection_kernel=1 if number == 1 else self.projection_kernel,
-                activated=number == 1,
-                name=f"stage{number}_first",
-                **options,
-            )
+            first = ResidualUnit(**self.unit_arguments(number, first=True, train=train), name=f"stage{number}_first")
             x, _ = first(x, keys and keys[number][0])
             if stage.units > 1:
-                x = self._rest(f"stage{number}_rest", stage, options, x, keys and keys[number][1:])
+                x = self._rest(number, train, x, keys and keys[number][1:])
         for kind in PLACEMENTS[self.placement].final:
             x = nn.relu(x) if kind == "r" else norm(name="final_norm")(x)
         x = x.mean(axis=(1, 2))
@@ -114,22 +104,31 @@ class ResNet(nn.Module):
         head, *stages = jax.random.split(self.make_rng("dropout"), 1 + len(self.stages))
         return [head, *(jax.random.split(key, stage.units) for key, stage in zip(stages, self.stages, strict=True))]
 
-    def unit_options(self, *, train: bool, norm: Callable[..., nn.Module]) -> dict[str, Any]:
-        """What all units of the network share."""
+    def _norm(self, train):
+        return partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name
+        )
+
+    def unit_arguments(self, stage: int, *, first: bool, train: bool) -> dict[str, Any]:
+        """What the first unit of a stage (counted from 1), or each of the others, is constructed with."""
+        row = self.stages[stage - 1]
         return {
+            "convolutions": row.convolutions if first else row.rest,
             "residual": self.residual,
             "placement": PLACEMENTS[self.placement],
-            "norm": norm,
+            "norm": self._norm(train),
             "join": partial(self.join, train=train, axis_name=self.axis_name),
             "option": self.option,
+            "projection_kernel": self.projection_kernel if first and stage > 1 else 1,
             "squeeze_ratio": self.squeeze_ratio,
+            "activated": first and stage == 1,
         }
 
-    def _rest(self, name, stage, options, x, keys):
+    def _rest(self, stage, train, x, keys):
+        name, arguments = f"stage{stage}_rest", self.unit_arguments(stage, first=False, train=train)
         if self.remat and not self.is_initializing():
-            unit = ResidualUnit(stage.rest, parent=None, **options)
-            return repeat.rematerialised(self, name, unit, x, keys)
-        return repeat.scanned(ResidualUnit, stage.units - 1)(stage.rest, name=name, **options)(x, keys)[0]
+            return repeat.rematerialised(self, name, ResidualUnit(**arguments, parent=None), x, keys)
+        return repeat.scanned(ResidualUnit, self.stages[stage - 1].units - 1)(**arguments, name=name)(x, keys)[0]
 
 
 def unstack_blocks(collection: Mapping[str, Any]) -> list[Any]:

@@ -322,8 +322,7 @@ def unrolled(model, variables, x, train):
     averages = []
     for number, (params, stats) in enumerate(blocks):
         stage, place = divmod(number, model.stages[0].units)
-        convolutions = model.stages[stage].rest if place else model.stages[stage].convolutions
-        block = ResidualUnit(convolutions, **model.unit_options(train=train, norm=norm))
+        block = ResidualUnit(**model.unit_arguments(stage + 1, first=not place, train=train))
         (x, _), new = block.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
         averages.append(new["batch_stats"])
     logits, _ = call(nn.Dense(model.num_classes), "head", x.mean(axis=(1, 2)))
