@@ -15,6 +15,7 @@ The report lists what else differs in the runs at hand.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,13 +59,12 @@ class Cell(images.ImageCell):
     def name(self) -> str:
         return f"{self.variant}-{self.unit}-{self.depth}-w{self.width}-seed{self.seed}"
 
-    def model(self, **options: Any) -> Any:
-        """The network; `num_classes` and `axis_name` are options."""
-        from research.models import cifar_resnet
 
-        return cifar_resnet(
-            self.depth, width=self.width, unit=self.unit, remat=self.remat, **VARIANTS[self.variant].options, **options
-        )
+def network_of(cell: Any, **options: Any) -> Any:
+    """The network of a cell with `variant`, `unit`, `depth` and `width`; options go to `cifar_resnet`."""
+    from research.models import cifar_resnet
+
+    return cifar_resnet(cell.depth, width=cell.width, unit=cell.unit, **VARIANTS[cell.variant].options, **options)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -77,7 +77,7 @@ def cells(config: Config) -> list[Cell]:
         for seed in config.seeds
     ]
     for cell in grid:
-        cell.model()  # raises where there is no such network
+        network_of(cell)  # raises where there is no such network
     return grid
 
 
@@ -95,8 +95,8 @@ def parse_network(text: str) -> tuple[str, int]:
 
 def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     """Trains one network and measures how signals travel in it, before and after."""
-    trained = images.train(cell, cell.model, context)
-    images.measure_signal(trained, dataclasses.replace(cell, remat=False).model(), context)
+    trained = images.train(cell, functools.partial(network_of, cell, remat=cell.remat), context)
+    images.measure_signal(trained, network_of(cell), context)
     return trained.result
 
 

@@ -112,7 +112,8 @@ def recipe(config: ImageConfig, defaults: Mapping[str, Mapping[str, int]]) -> di
 
 
 @functools.lru_cache(maxsize=1)
-def _data(dataset: str, data_dir: str | None):
+def load(dataset: str, data_dir: str | None) -> Any:
+    """The data set; the last one stays in memory."""
     from research.data import images
 
     return images.load(dataset, data_dir)
@@ -148,7 +149,7 @@ def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: 
     from research.tasks import classification
     from research.training import loop, optimizers
 
-    data = _data(cell.dataset, cell.data_dir)
+    data = load(cell.dataset, cell.data_dir)
     parts = (data.train, data.validation, data.test)
     splits = loop.Splits(
         {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels")},

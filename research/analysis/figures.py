@@ -241,6 +241,30 @@ def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[
     return figure
 
 
+@styled
+def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
+    """The statistics of `research.analysis.identities` against the unit: a line a kind of unit, the mean over runs."""
+    panels = {
+        "gradient_norm": r"$\Vert dE/dx_l \Vert$",
+        "shortcut_gradient_norm": r"part of $dE/dx_l$ through shortcuts alone",
+        "jacobian_gain": r"unit's Jacobian, $\Vert J \Vert_F / \sqrt{dim}$",
+        "shortcut_jacobian_gain": r"its shortcut's, $\Vert J_h \Vert_F / \sqrt{dim}$",
+    }
+    figure, axes = new(2, 2, width=4.4, height=3.0)
+    for axis, (statistic, name) in zip(axes, panels.items(), strict=True):
+        for number, (label, runs) in enumerate(variants.items()):
+            values = [sum(seeds) / len(seeds) for seeds in zip(*(run.result[statistic] for run in runs), strict=True)]
+            line = _line(number) | {"markevery": (number % 6, 6), "markersize": 4}
+            axis.plot(range(1, len(values) + 1), values, label=label, **line)
+        axis.set(title=name, xlabel="unit l", yscale="log")
+        axis.locator_params(axis="x", integer=True)
+    for axis in axes[2:]:
+        _plain_logarithmic_labels(axis)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def _plain_logarithmic_labels(axis):
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

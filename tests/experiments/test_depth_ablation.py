@@ -131,7 +131,7 @@ def handed(monkeypatch, cell):
 
     monkeypatch.setattr(loop, "train", stop)
     digits = images.load("digits")
-    monkeypatch.setattr(experiment_images, "_data", lambda *_: digits)
+    monkeypatch.setattr(experiment_images, "load", lambda *_: digits)
     with pytest.raises(Handed) as caught:
         depth_ablation.run(cell, loop.Context(None, "", None))
     return caught.value.args
