@@ -265,6 +265,26 @@ def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
     return figure
 
 
+@styled
+def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], title: str) -> Figure:
+    """Bytes of a step's temporaries against layers on two logarithmic scales, with guides of slope 1 and 1/2."""
+    figure, (axis,) = new(1, width=4.8, height=4.0)
+    for number, (name, by_depth) in enumerate(groups.items()):
+        depths = sorted(by_depth)
+        sizes = [by_depth[depth].result["temporary_bytes"] / 2**30 for depth in depths]
+        axis.plot(depths, sizes, label=name, **_line(number))
+        slope, power = ("linear", 1.0) if number == 0 else ("square root", 0.5)
+        guide = [sizes[-1] * (depth / depths[-1]) ** power for depth in depths]
+        axis.plot(depths, guide, color="0.5", linewidth=0.8, linestyle=":", label=f"{slope} of depth")
+    axis.set(title=title, xlabel="layers", ylabel="temporaries of a step (GiB)", xscale="log", yscale="log")
+    ticks = sorted({depth for by_depth in groups.values() for depth in by_depth})
+    axis.set_xticks(ticks, [str(depth) for depth in ticks])
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    _plain_logarithmic_labels(axis)
+    axis.legend()
+    return figure
+
+
 def _plain_logarithmic_labels(axis):
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

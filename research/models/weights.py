@@ -1,8 +1,7 @@
 """Weights of ResNet v1 in and out, without pickle: `python -m research.models.weights import|export SOURCE DEST`.
 
 `import` reads safetensors in the names that torchvision and timm share (resnet18, 34, 50, 101, 152 and timm's 200) and
-writes ours; `export` goes the other way, from our weights or from a checkpoint of a run. Both print one line. Exit code
-0, 1 for a file that cannot be used, 2 for a wrong command line.
+writes ours; `export` goes the other way, from our weights or from a checkpoint of a run. Both print one line.
 
     conv1, bn1                                stem_conv, stem_norm
     layer{k}.0.*                              stage{k}_first/*
@@ -32,7 +31,6 @@ A pickle (.pt, .pth, .bin) can run any code when it is opened, so none is. Those
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
@@ -54,51 +52,36 @@ from research.models.resnet_tables import IMAGENET_DEPTHS, imagenet_resnet
 from research.ops import initializers
 
 FORMAT = "weights 1"
-
 Arrays = Mapping[str, np.ndarray]
 
 _STEM_AND_HEAD = {"stem_conv": "conv1", "stem_norm": "bn1", "head": "fc"}
 _LAYERS = {"projection": "downsample.0", "projection_norm": "downsample.1"}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _COUNTER = "num_batches_tracked"
-_COLLECTIONS = "collections/"  # where a run's checkpoint has batch_stats
-_STAGES = range(1, 5)
+_CHECKPOINT = "collections/"  # where a run's checkpoint has batch_stats
+_TO_HWIO, _TO_OIHW = (2, 3, 1, 0), (3, 2, 0, 1)
+_PICKLES = (b"PK\x03\x04", b"\x80")  # first bytes of PyTorch's archive of pickles, and of a pickle
+_DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+_DTYPES |= {"I64": np.int64, "I32": np.int32, "U32": np.uint32, "U8": np.uint8, "BOOL": np.bool_}
+_HALVES = (np.float16, ml_dtypes.bfloat16)
 
-_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # PyTorch's archive of pickles; a pickle itself
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "U32": np.dtype(np.uint32),
-}
-_WIDENED = (_DTYPES["F16"], _DTYPES["BF16"])
-
-_THEIR_CURE = "give all weights of a plain ResNet v1 of torchvision or timm: no ResNeXt, wide, SE, 'd' or v2 network"
-_OUR_CURE = "give all variables of imagenet_resnet(depth): residual, v1, option B, one group, no SE"
+_THEIR_CURE = "import takes all weights of a torchvision or timm ResNet v1: no ResNeXt, wide, SE, 'd' or v2 network"
+_OUR_CURE = "export and load take all variables of imagenet_resnet(depth): residual, v1, option B, one group, no SE"
 
 
 def to_torchvision(variables: Any, depth: int | None = None, source: str = "the variables") -> dict[str, np.ndarray]:
-    """Our variables as what `state_dict()` of torchvision's ResNet of this depth holds, name by name.
+    """Our variables as what `state_dict()` of torchvision's ResNet of this depth holds, name by name, contiguous.
 
     Args:
       variables: `params` and `batch_stats` of `imagenet_resnet(depth)`.
       depth: of the network; found from names and shapes when None.
       source: what to call the variables in an error.
 
-    Returns:
-      Contiguous float32 arrays, and int64 zeros for the counters `num_batches_tracked`.
-
     Raises:
       UsageError: there is no network of this depth.
       CarouselError: an array is missing, too many, or of another shape or type.
     """
-    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
-    depth = depth or _our_depth(flat, source)
-    flat = _checked(flat, _our_shapes(depth, _classes(flat)), f"{source}, ResNet-{depth}", _OUR_CURE)
+    flat = _our_arrays(_flat(variables), source, depth)
     arrays = {name: np.array(array, order="C") for name, array in _unstacked(flat).items()}
     means = [name for name in arrays if name.endswith("running_mean")]
     return arrays | {name.replace("running_mean", _COUNTER): np.zeros((), np.int64) for name in means}
@@ -109,24 +92,18 @@ def from_torchvision(arrays: Arrays, depth: int | None = None, source: str = "th
 
     Args:
       arrays: by torchvision's names; counters `num_batches_tracked` may be there.
-      depth: of the network; found from names when None.
-      source: what to call the arrays in an error.
-
-    Raises:
-      UsageError: there is no network of this depth.
-      CarouselError: an array is missing, too many, or of another shape or type.
+      depth, source: as in `to_torchvision`, and so are the errors.
     """
     arrays = {name: np.asarray(array) for name, array in arrays.items() if name.split(".")[-1] != _COUNTER}
-    depth = depth or _their_depth(arrays, source)
+    depth = _their_depth(arrays, source) if depth is None else depth
     ours = _our_shapes(depth, _classes(arrays))
-    # The same translation tells the shapes: of arrays that take no memory.
-    expected = _unstacked({name: np.broadcast_to(np.float32(0), shape) for name, shape in ours.items()})
-    expected = {name: array.shape for name, array in expected.items()}
+    zeros = {name: np.broadcast_to(np.float32(0), shape) for name, shape in ours.items()}  # these take no memory
+    expected = {name: array.shape for name, array in _unstacked(zeros).items()}
     arrays = _checked(arrays, expected, f"{source}, ResNet-{depth}", _THEIR_CURE)
     flat = {}
     for name, shape in ours.items():
-        units = [_our_layout(arrays[theirs]) for theirs in _their_names(name, shape)]
-        flat[name] = np.array(units if _is_stacked(name) else units[0], order="C")
+        units = [_transposed(arrays[unit], _TO_HWIO) for unit in _their_names(name, shape)]
+        flat[name] = np.array(units if "_rest/" in name else units[0], order="C")
     return unflatten_dict(flat, sep="/")
 
 
@@ -137,12 +114,7 @@ def replace_head(variables: Any, num_classes: int, key: jax.Array) -> dict[str, 
       variables: of a network; its head has a kernel `[features, classes]`.
       num_classes: outputs of the new head.
       key: a PRNG key.
-
-    Raises:
-      UsageError: fewer than one class.
     """
-    if num_classes < 1:
-        raise UsageError(f"num_classes {num_classes} is not a number of classes: give at least 1")
     features = variables["params"]["head"]["kernel"].shape[0]
     head = {"kernel": initializers.he_normal(key, (features, num_classes)), "bias": jnp.zeros(num_classes)}
     return {**variables, "params": {**variables["params"], "head": head}}
@@ -156,7 +128,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
       CarouselError: the file cannot be read or does not hold all variables of one ResNet v1.
     """
-    return _our_variables(read(path), path)
+    return unflatten_dict(_our_arrays(read(path), path), sep="/")
 
 
 def save(path: str | Path, variables: Any) -> None:
@@ -165,61 +137,49 @@ def save(path: str | Path, variables: Any) -> None:
     Raises:
       CarouselError: these are not all variables of one ResNet v1, or the file cannot be written.
     """
-    flat = {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
-    depth = _our_depth(flat, "the variables")
-    flat = _checked(flat, _our_shapes(depth, _classes(flat)), f"the variables, ResNet-{depth}", _OUR_CURE)
-    # One key only: safetensors writes metadata in random order.
-    metadata = json.dumps({"format": FORMAT, "depth": depth, "num_classes": _classes(flat)})
-    _write(path, flat, {"carousel": metadata})
-
-
-def save_torchvision(path: str | Path, arrays: Arrays) -> None:
-    """Writes what `to_torchvision` gave as safetensors, in one move.
-
-    Raises:
-      CarouselError: the file cannot be written.
-    """
-    _write(path, arrays, {"format": "pt"})  # by convention what Hugging Face's readers ask for
+    flat = _our_arrays(_flat(variables), "the variables")
+    content = {"format": FORMAT, "depth": _our_depth(flat, path), "num_classes": _classes(flat)}
+    _write(path, flat, {"carousel": json.dumps(content)})  # one key: safetensors writes several in random order
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file, in memory of their own.
+    """All arrays of a safetensors file.
 
     Raises:
-      CarouselError: it cannot be read, is a pickle (which is not opened), another kind of file, damaged, or holds a
-        type that no weights have.
+      CarouselError: it cannot be read, is a pickle or another kind of file, is damaged, or holds an unknown type.
     """
-    path = Path(path)
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise CarouselError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    if data[8:9] != b"{":  # every safetensors file: 8 bytes of length, then JSON
-        if data.startswith(_PICKLE_STARTS) or path.suffix in _PICKLES:
-            raise CarouselError(
-                f"{path} is a pickle, which can run code when opened, so it is not; convert it to safetensors by the "
-                "two lines in the help of this module"
-            )
-        raise CarouselError(f"{path} is not a safetensors file: give one, as torchvision's or timm's hosts offer them")
+    if data[8:9] != b"{":  # a safetensors file begins with 8 bytes of length, then JSON
+        if data.startswith(_PICKLES):
+            cure = "convert it to safetensors by the two lines that --help shows"
+            raise CarouselError(f"{path} is a pickle, which may run any code when opened, so it was not; {cure}")
+        raise CarouselError(f"{path} is not a safetensors file: fetch it again, or give another")
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise CarouselError(f"{path} is damaged ({' '.join(str(error).split())}): fetch or write it again") from error
+        raise CarouselError(f"{path} is damaged ({' '.join(str(error).split())}): get it again") from error
     arrays = {}
     for name, entry in entries:
         if entry["dtype"] not in _DTYPES:
-            raise CarouselError(f"{path}: tensor {name} has type {entry['dtype']}: give one of float32")
+            raise CarouselError(f"{path}: tensor {name!r} has type {entry['dtype']}: give float32 weights")
         arrays[name] = np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return arrays
 
 
-def _our_variables(arrays: Arrays, source: str | Path) -> dict[str, Any]:
-    if any(name.startswith(_COLLECTIONS) for name in arrays):  # a checkpoint: optimiser state and step besides
-        kept = {name: array for name, array in arrays.items() if name.startswith(("params/", _COLLECTIONS))}
-        arrays = {name.removeprefix(_COLLECTIONS): array for name, array in kept.items()}
-    depth = _our_depth(arrays, source)
-    flat = _checked(arrays, _our_shapes(depth, _classes(arrays)), f"{source}, ResNet-{depth}", _OUR_CURE)
-    return unflatten_dict(flat, sep="/")
+def _flat(variables: Any) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in flatten_dict(variables, sep="/").items()}
+
+
+def _our_arrays(arrays: Arrays, source: str | Path, depth: int | None = None) -> dict[str, np.ndarray]:
+    """All arrays of one network by our names, if that is what these are."""
+    if any(name.startswith(_CHECKPOINT) for name in arrays):  # it holds the optimiser's state and the step besides
+        names = [name for name in arrays if name.startswith(("params/", _CHECKPOINT))]
+        arrays = {name.removeprefix(_CHECKPOINT): arrays[name] for name in names}
+    depth = _our_depth(arrays, source) if depth is None else depth
+    return _checked(arrays, _our_shapes(depth, _classes(arrays)), f"{source}, ResNet-{depth}", _OUR_CURE)
 
 
 def _our_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
@@ -230,10 +190,6 @@ def _our_shapes(depth: int, num_classes: int) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flatten_dict(variables, sep="/").items()}
 
 
-def _is_stacked(name: str) -> bool:
-    return "_rest/" in name
-
-
 def _their_names(name: str, shape: tuple[int, ...]) -> list[str]:
     """What our array is called there, unit by unit."""
     _, module, *layer, leaf = name.split("/")
@@ -241,8 +197,8 @@ def _their_names(name: str, shape: tuple[int, ...]) -> list[str]:
     if not layer:
         return [f"{_STEM_AND_HEAD[module]}.{leaf}"]
     layer = _LAYERS.get(layer[0]) or layer[0].replace("norm", "bn")
-    stage = module.removeprefix("stage").split("_")[0]
-    units = range(1, 1 + shape[0]) if _is_stacked(name) else [0]
+    stage, place = module.removeprefix("stage").split("_")
+    units = range(1, 1 + shape[0]) if place == "rest" else [0]
     return [f"layer{stage}.{unit}.{layer}.{leaf}" for unit in units]
 
 
@@ -250,95 +206,75 @@ def _unstacked(flat: Arrays) -> dict[str, np.ndarray]:
     """Our arrays by their names and in their layout, as views."""
     arrays = {}
     for name, array in flat.items():
-        units = array if _is_stacked(name) else [array]
-        arrays.update(zip(_their_names(name, array.shape), map(_their_layout, units), strict=True))
+        units = [_transposed(unit, _TO_OIHW) for unit in (array if "_rest/" in name else [array])]
+        arrays.update(zip(_their_names(name, array.shape), units, strict=True))
     return arrays
 
 
-def _their_layout(array: np.ndarray) -> np.ndarray:
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _our_layout(array: np.ndarray) -> np.ndarray:
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+def _transposed(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    return array.transpose(axes) if array.ndim == 4 else array.T
 
 
 def _classes(arrays: Arrays) -> int:
-    """Outputs of the classifier; where there is none, the number in which the error will speak of it."""
-    if "fc.weight" in arrays:
-        return sum(arrays["fc.weight"].shape[:1]) or 1000
-    head = arrays.get("params/head/kernel")
-    return 1000 if head is None else sum(head.shape[-1:]) or 1000
+    """Outputs of the classifier; where it is missing, what the error about that will expect."""
+    head = arrays["fc.weight"].T if "fc.weight" in arrays else arrays.get("params/head/kernel", np.zeros(0))
+    return sum(head.shape[-1:]) if head.size else 1000
 
 
 def _their_depth(arrays: Arrays, source: str | Path) -> int:
-    found = [re.match(r"layer(\d+)\.(\d+)\.(conv\d)\.", name) for name in arrays]
-    found = {match.groups() for match in found if match}
-    units = tuple(len({unit for stage, unit, _ in found if stage == str(number)}) for number in _STAGES)
-    return _find_depth(units, len({convolution for _, _, convolution in found}), source, _THEIR_CURE)
+    found = [match for name in arrays if (match := re.match(r"(layer\d+\.\d+)\.(conv\d)\.", name))]
+    return _depth(len({match[1] for match in found}), len({match[2] for match in found}), source, _THEIR_CURE)
 
 
-def _our_depth(flat: Arrays, source: str | Path) -> int:
-    shapes = {name: array.shape for name, array in flat.items()}
-    kernels = [f"params/stage{number}_{{}}/conv1/kernel" for number in _STAGES]
-    units = tuple((k.format("first") in shapes) + sum(shapes.get(k.format("rest"), ())[:1]) for k in kernels)
-    layers = sum(f"params/stage1_first/conv{number}/kernel" in shapes for number in range(1, 4))
-    return _find_depth(units, layers, source, _OUR_CURE)
+def _our_depth(arrays: Arrays, source: str | Path) -> int:
+    found = [match for name in arrays if (match := re.fullmatch(r"params/(stage\d+_\w+)/(conv\d)/kernel", name))]
+    units = {match[1]: sum(arrays[match[0]].shape[:1]) if "_rest/" in match[0] else 1 for match in found}
+    return _depth(sum(units.values()), len({match[2] for match in found}), source, _OUR_CURE)
 
 
-def _find_depth(units: tuple[int, ...], layers: int, source: str | Path, cure: str) -> int:
-    for depth in IMAGENET_DEPTHS:
-        stages = imagenet_resnet(depth).stages
-        if (units, layers) == (tuple(stage.units for stage in stages), len(stages[0].convolutions)):
-            return depth
-    described = f"{', '.join(map(str, units))} units of {layers} convolutions" if any(units) else "no units"
-    known = ", ".join(map(str, IMAGENET_DEPTHS))
-    raise CarouselError(f"{source} names {described} in its four stages, which is no ResNet of {known}; {cure}")
+def _depth(units: int, convolutions: int, source: str | Path, cure: str) -> int:
+    """The layers with weights: those of the units, the stem and the classifier."""
+    depth = units * convolutions + 2
+    if depth not in IMAGENET_DEPTHS:
+        known = ", ".join(map(str, IMAGENET_DEPTHS))
+        raise CarouselError(f"{source} has {units} units of {convolutions} convolutions, no ResNet-{known}; {cure}")
+    return depth
 
 
-def _checked(
-    arrays: Arrays, expected: Mapping[str, tuple[int, ...]], source: str, cure: str
-) -> dict[str, np.ndarray]:
+def _checked(arrays: Arrays, expected: Mapping[str, tuple[int, ...]], source: str, cure: str) -> dict[str, np.ndarray]:
     """The arrays as float32, if they are the expected ones."""
-    odd = [
-        name
-        for name in sorted(arrays.keys() | expected.keys())
-        if name not in arrays
-        or arrays[name].shape != expected.get(name)
-        or arrays[name].dtype not in (np.float32, *_WIDENED)
-    ]
-    if odd:
+    types = (np.float32, *_HALVES)
+    good = {name for name, array in arrays.items() if array.shape == expected.get(name) and array.dtype in types}
+    if odd := sorted((arrays.keys() | expected.keys()) - good):
         name, more = odd[0], f" (and {len(odd) - 1} more such tensors)" if odd[1:] else ""
         wanted = f"float32 {list(expected[name])}" if name in expected else "none"
         found = f"{arrays[name].dtype} {list(arrays[name].shape)}" if name in arrays else "none"
-        raise CarouselError(f"{source}: tensor {name}: expected {wanted}, found {found}{more}; {cure}")
+        raise CarouselError(f"{source}: tensor {name!r}: expected {wanted}, found {found}{more}; {cure}")
     return {name: arrays[name].astype(np.float32, order="C", copy=False) for name in expected}
 
 
 def _write(path: str | Path, arrays: Arrays, metadata: dict[str, str]) -> None:
-    # safetensors takes the memory as it lies, so a transposed array would come back wrong without a word.
-    data = safetensors.numpy.save({n: np.asarray(array, order="C") for n, array in arrays.items()}, metadata)
+    data = safetensors.numpy.save(dict(arrays), metadata)  # as they lie in memory: they must be contiguous, and are
     try:
         make_folder(Path(path).parent)
         write_atomic(path, data)
     except OSError as error:
-        reason = error.strerror or error
-        raise CarouselError(f"cannot write {path}: {reason}; make room for it or choose another place") from error
+        raise CarouselError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
 
 
 def _convert(direction: str, source: str, destination: str) -> str:
+    """Does what the command line says; returns the line to print."""
     if os.path.realpath(source) == os.path.realpath(destination):
         raise UsageError(f"{destination} is the source itself: choose another place for the result")
     arrays = read(source)
     if direction == "import":
-        variables = from_torchvision(arrays, source=source)
-        save(destination, variables)
+        flat = _flat(from_torchvision(arrays, source=source))
+        save(destination, unflatten_dict(flat, sep="/"))
     else:
-        variables = _our_variables(arrays, source)
-        save_torchvision(destination, to_torchvision(variables, source=source))
-    flat = flatten_dict(variables, sep="/")
-    parameters = sum(math.prod(leaf.shape) for name, leaf in flat.items() if name.startswith("params/"))
-    widened = sorted({str(array.dtype) for array in arrays.values() if array.dtype in _WIDENED})
+        flat = _our_arrays(arrays, source)
+        _write(destination, to_torchvision(unflatten_dict(flat, sep="/")), {"format": "pt"})  # as others mark theirs
+    parameters = sum(array.size for name, array in flat.items() if name.startswith("params/"))
+    widened = sorted({str(array.dtype) for array in arrays.values() if array.dtype in _HALVES})
     note = f", from {' and '.join(widened)} to float32" if widened else ""
     network = f"ResNet-{_our_depth(flat, source)}, {parameters:,} parameters, {_classes(flat):,} classes"
     return f"wrote {destination}: {network}{note}"
@@ -346,11 +282,8 @@ def _convert(direction: str, source: str, destination: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m research.models.weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m research.models.weights", description=__doc__, formatter_class=raw)
     parser.add_argument("direction", choices=("import", "export"), help="from torchvision's and timm's names, or to")
     parser.add_argument("source", metavar="SOURCE", help="a safetensors file; for export, ours or a run's checkpoint")
     parser.add_argument("destination", metavar="DEST", help="the file to write, replaced in one move if it is there")

@@ -47,7 +47,22 @@ def shard_batch(array: Any, mesh: Mesh, axis: int = 0) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
 
 
-def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[Any, Any, Any, Any]) -> Callable:
+class Stretch:
+    """A compiled stretch of steps: `(state, data, indices, key) -> (state, metrics)`, indices on the host."""
+
+    def __init__(self, compiled: Any, place: Callable):
+        self._compiled, self._place = compiled, place
+
+    def __call__(self, state: Any, data: Any, indices: Any, key: jax.Array) -> tuple[Any, Any]:
+        return self._compiled(state, data, self._place(indices), key)
+
+    @property
+    def memory(self) -> Any:
+        """XLA's buffer assignment: `temp_size_in_bytes`, `argument_size_in_bytes` and others, of one device."""
+        return self._compiled.memory_analysis()
+
+
+def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[Any, Any, Any, Any]) -> Stretch:
     """Compiles `stretch(state, data, indices, key) -> (state, metrics)` ahead of time; the state is donated.
 
     Args:
@@ -57,7 +72,7 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
       arguments: examples of the arguments, replicated (indices `[steps, batch]` on the host); only shapes matter.
 
     Returns:
-      The compiled function, to be called with arguments like those.
+      The compiled stretch, to be called with arguments like those.
     """
     state, data, indices, key = arguments
     replicated, split = PartitionSpec(), PartitionSpec(None, AXIS)
@@ -86,5 +101,4 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
             specs = {"in_specs": (replicated, replicated, split, replicated), "out_specs": replicated}
             stretch = jax.shard_map(stretch, mesh=mesh, check_vma=False, **specs)
         function = jax.jit(stretch, donate_argnums=0, out_shardings=NamedSharding(mesh, replicated))
-    compiled = function.lower(state, data, place(indices), key).compile()
-    return lambda state, data, indices, key: compiled(state, data, place(indices), key)
+    return Stretch(function.lower(state, data, place(indices), key).compile(), place)
