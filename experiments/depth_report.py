@@ -55,11 +55,21 @@ def _draw(runs: Sequence[Run], folder: Path) -> list[Path]:
             {"train_error": "training error", "test_error": "test error"},
         ),
     }
+    responses = _responses(runs)
+    if responses:
+        drawn["layer_responses"] = figures.layer_responses(responses)
     if signals:
         in_order = {block: signals[block] for block in blocks if block in signals}
         drawn["signal"] = figures.signal_propagation(in_order, deepest)
     made_from = figures.provenance(runs)
     return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
+
+
+def _responses(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """After training, of the first seed of each network."""
+    networks = results.group(runs, lambda run: f"{run.config['block']}, {run.config['depth']} layers")
+    signals = {name: same[0].read_json("signal.json") for name, same in networks.items()}
+    return {name: signal["final"]["response_std"] for name, signal in signals.items() if signal}
 
 
 def _row(network: tuple[str, int, int], runs: Sequence[Run]) -> dict[str, Any]:

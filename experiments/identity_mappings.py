@@ -39,7 +39,7 @@ class Config(images.ImageConfig):
     seeds: tuple[int, ...] = option((0, 1, 2), "One run of every network per seed.", minimum=0)
     networks: tuple[str, ...] = option(("basic-56",), "Unit and layers, such as basic-110 or bottleneck-164.")
     variants: tuple[str, ...] = option(
-        ("original", "scale_0.5_0.5", "conv_1x1", "full_preactivation"),
+        ("original", "conv_1x1", "scale_0.5_0.5", "shortcut_gate_0", "full_preactivation"),
         "Kinds of shortcut and of activation.",
         choices=tuple(VARIANTS),
     )

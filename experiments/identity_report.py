@@ -79,10 +79,11 @@ def _figures(network: str, variants: Mapping[str, Sequence[Run]]) -> dict[str, A
     drawn = {
         "errors": figures.ranked(
             labelled,
-            {"train_error": f"training error here, {network}", "test_error": f"test error here, {network}"},
-            (f"test error in the paper, {reference}", [None if error == FAIL else error for error in papers]),
+            {"train_error": "training error here", "test_error": "test error here"},
+            ("test error in the paper", [None if error == FAIL else error for error in papers]),
+            f"{_setting(variants)}; the paper: {reference}, cifar10, 64,000 steps",
         ),
-        "curves": figures.mean_curves(labelled, "loss", "training loss", f"{network}"),
+        "curves": figures.mean_curves(labelled, "loss", "training loss", _setting(variants)),
     }
     signals = {
         label: found
@@ -92,3 +93,9 @@ def _figures(network: str, variants: Mapping[str, Sequence[Run]]) -> dict[str, A
     if signals:
         drawn["signal"] = figures.signal_propagation(signals, int(network.split("-")[1]))
     return drawn
+
+
+def _setting(variants: Mapping[str, Sequence[Run]]) -> str:
+    run = next(iter(variants.values()))[0]
+    config = run.config
+    return f"{_network(run)}, width {config['width']}, {config['dataset']}, {config['steps']:,} steps"

@@ -152,16 +152,20 @@ def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str
 
 @styled
 def ranked(
-    groups: Mapping[str, Sequence[Run]], metrics: Mapping[str, str], paper: tuple[str, Sequence[float | None]]
+    groups: Mapping[str, Sequence[Run]],
+    metrics: Mapping[str, str],
+    paper: tuple[str, Sequence[float | None]],
+    title: str,
 ) -> Figure:
     """One row a group, one panel a metric (`result key -> title`), and the paper's numbers in a last panel.
 
     Open circles are runs, filled marks their mean with one standard deviation; the dashed line is the first group's
     mean. `paper` is a title and a value in percent a group, None where the paper's run failed.
     """
-    figure, axes = new(len(metrics) + 1, width=2.6, height=0.9 + 0.3 * len(groups), sharey=True)
+    figure, axes = new(len(metrics) + 1, width=2.7, height=1.2 + 0.3 * len(groups), sharey=True)
+    figure.suptitle(title, fontsize=10)
     rows = range(len(groups))
-    for axis, (metric, title) in zip(axes, metrics.items(), strict=False):
+    for axis, (metric, heading) in zip(axes, metrics.items(), strict=False):
         found = [[run.result.get(metric) for run in runs] for runs in groups.values()]
         for row, values in enumerate(found):
             seen, value = [100 * v for v in values if v is not None], spread(values)
@@ -173,8 +177,8 @@ def ranked(
                 _annotate_right(axis, row, f"{len(values) - value.n} of {len(values)} diverged")
         if first := spread(found[0]).n:
             axis.axvline(100 * spread(found[0]).mean, color="0.4", linestyle=_DASHED, linewidth=0.8)
-        axis.set(title=title, xlabel="error (%)", xlim=(0, None) if first else None)
-    title, values = paper
+        axis.set(title=heading, xlabel="error (%)", xlim=(0, None) if first else None)
+    heading, values = paper
     for row, value in enumerate(values):
         if value is None:
             _annotate_right(axes[-1], row, "fail (> 20%)")
@@ -182,7 +186,9 @@ def ranked(
             axes[-1].plot(value, row, "s", markersize=5, color=COLOURS[1])
     if values and values[0] is not None:
         axes[-1].axvline(values[0], color="0.4", linestyle=_DASHED, linewidth=0.8)
-    axes[-1].set(title=title, xlabel="error (%)", xlim=(0, 1.6 * max([v for v in values if v is not None], default=1)))
+    axes[-1].set(
+        title=heading, xlabel="error (%)", xlim=(0, 1.6 * max([v for v in values if v is not None], default=1))
+    )
     axes[0].set(yticks=rows, yticklabels=list(groups), ylim=(len(groups) - 0.5, -0.5))
     return figure
 
@@ -242,6 +248,24 @@ def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[
 
 
 @styled
+def layer_responses(responses: Mapping[str, Sequence[float]]) -> Figure:
+    """Standard deviation of each layer's response: in the order of the layers, and sorted. He et al. 2015, Figure 7.
+
+    Args:
+      responses: name of a network -> `response_std` of `research.analysis.signal.propagation`.
+    """
+    figure, axes = new(2, width=4.2, height=3.0, sharey=True)
+    for number, (name, values) in enumerate(responses.items()):
+        line = _line(number) | {"markersize": 3, "markevery": max(1, len(values) // 9)}
+        for axis, shown in zip(axes, (values, sorted(values, reverse=True)), strict=True):
+            axis.plot(range(1, len(shown) + 1), shown, label=name, **line)
+    axes[0].set(title="in order of depth", xlabel="convolution", ylabel="std of the response after BN", ylim=(0, None))
+    axes[1].set(title="sorted by size", xlabel="rank")
+    legend_below(figure, axes[0])
+    return figure
+
+
+@styled
 def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
     """The statistics of `research.analysis.identities` against the unit: a line a kind of unit, the mean over runs."""
     panels = {
@@ -273,9 +297,9 @@ def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], title: str) ->
         depths = sorted(by_depth)
         sizes = [by_depth[depth].result["temporary_bytes"] / 2**30 for depth in depths]
         axis.plot(depths, sizes, label=name, **_line(number))
-        slope, power = ("linear", 1.0) if number == 0 else ("square root", 0.5)
+        slope, power = ("depth", 1.0) if number == 0 else ("its square root", 0.5)
         guide = [sizes[-1] * (depth / depths[-1]) ** power for depth in depths]
-        axis.plot(depths, guide, color="0.5", linewidth=0.8, linestyle=":", label=f"{slope} of depth")
+        axis.plot(depths, guide, color="0.5", linewidth=0.8, linestyle=":", label=f"proportional to {slope}")
     axis.set(title=title, xlabel="layers", ylabel="temporaries of a step (GiB)", xscale="log", yscale="log")
     ticks = sorted({depth for by_depth in groups.values() for depth in by_depth})
     axis.set_xticks(ticks, [str(depth) for depth in ticks])
