@@ -10,7 +10,8 @@ Residual Networks" (R2); Xie et al. 2017 (ResNeXt); Hu et al. 2018 (squeeze-and-
 Differences from the papers: none known in the architectures. R1 does not say whether its initialisation counts fan-in
 or fan-out; this is fan-in (R2's released code: fan-out). BatchNorm's running averages use momentum 0.9 per step, and
 epsilon 1e-5. A v2 ImageNet network has its first activation right after the first convolution, before the max-pooling,
-as R2 writes and Facebook's Torch code does; TensorFlow's models and timm have it after the pooling.
+as R2 writes and Facebook's Torch code does; TensorFlow's models and timm have it after the pooling. All max-pooling is
+padded by one pixel, as in R1's and torchvision's networks; the released SENets pool without padding, rounding up.
 """
 
 from collections.abc import Callable, Mapping

@@ -49,9 +49,14 @@ def cifar_resnet(
       width: channels of the first stage (of a bottleneck's inside; outside it has four times as many).
       num_classes: outputs.
       unit: `basic`, `bottleneck` or `single`.
-      placement: a key of `PLACEMENTS`.
-      join: a key of `JOINS`; `shortcut_scale` and `branch_scale` are of `scale`, `gate_bias` of the gates.
-      option: `A`, `B` or `C`, see `ResidualUnit`; `auto` is A, but B for bottlenecks, whose first unit widens already.
+      placement: of the activations (R2, Table 2): original, norm_after_addition, relu_before_addition,
+        relu_only_preactivation or full_preactivation.
+      join: of shortcut and branch (R2, Table 1): identity, scale, exclusive_gate, shortcut_gate or dropout.
+      shortcut_scale: factor of the shortcut where the join is scale.
+      branch_scale: factor of the branch where the join is scale.
+      gate_bias: b at initialisation where the join is a gate.
+      option: shortcut (R1, section 3.3): A zero channels where the width grows, B a projection there, C a projection in
+        every unit; auto is A, but B for bottlenecks, whose first unit widens already.
       remat: see `ResNet`.
       axis_name: see `ResNet`.
 
@@ -117,11 +122,12 @@ def imagenet_resnet(
     SE-ResNet-50 is `squeeze_ratio=16`.
 
     Args:
-      depth: a key of the paper's table; 18 and 34 have basic units, the others bottlenecks.
+      depth: 18 or 34 (basic units), 50, 101, 152 or 200 (bottlenecks).
       block: `residual` or `plain`.
       num_classes: outputs.
-      placement: a key of `PLACEMENTS`.
-      option: `A`, `B` or `C`, see `ResidualUnit`.
+      placement: of the activations: original (v1), full_preactivation (v2), or another of `PLACEMENTS`.
+      option: shortcut (R1, section 3.3): A zero channels where the width grows, B a projection there, C a projection in
+        every unit.
       stride_on: where a bottleneck halves the map: on the first `1x1` as in R1, or on the `3x3` as in Facebook's Torch
         code, torchvision and ResNeXt ('v1.5').
       groups: of the 3x3 of a bottleneck, the cardinality of ResNeXt.
@@ -170,6 +176,11 @@ def senet154(num_classes: int = 1000, remat: bool = False, axis_name: str | None
     """SENet-154: ResNeXt-152 64x4d with a stem of three 3x3, wider groups, halved first 1x1, 3x3 projections, SE.
 
     Source: Hu et al. 2018, section 6.6 and appendix; the stage table as in the authors' released network.
+
+    Args:
+      num_classes: outputs.
+      remat: see `ResNet`.
+      axis_name: see `ResNet`.
     """
 
     def convolutions(width, stride):
