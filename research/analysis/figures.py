@@ -140,7 +140,7 @@ def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str
                 yerr=[100 * point.std if point.n > 1 else 0 for point in points.values()] if several else None,
                 capsize=3,
                 markersize=5,
-                label=f"{name} (n = {'-'.join(map(str, sorted({point.n for point in points.values()})))})",
+                label=f"{name} ({_counts(points.values())})",
                 **_line(number),
             )
         axis.set(title=title, xlabel=xlabel, xticks=range(len(ticks)), xticklabels=ticks)
@@ -307,6 +307,11 @@ def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], title: str) ->
     _plain_logarithmic_labels(axis)
     axis.legend()
     return figure
+
+
+def _counts(points):
+    counts = sorted({point.n for point in points})
+    return f"n = {'-'.join(map(str, counts))}" if counts else "failed"
 
 
 def _plain_logarithmic_labels(axis):

@@ -63,9 +63,8 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
     paths = list(paths)
     runs = [read_run(path) for path in paths if (path / "result.json").exists()]
     if not runs:
-        raise CarouselError(
-            f"no finished run among the {len(paths)} asked for, such as {paths[0]}; run without --report_only"
-        )
+        such = f", such as {paths[0]}" if paths else ""
+        raise CarouselError(f"no finished run among the {len(paths)} asked for{such}; run without --report_only")
     return runs
 
 
