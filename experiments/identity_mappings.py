@@ -88,7 +88,7 @@ def parse_network(text: str) -> tuple[str, int]:
       UsageError: the text is not of that form.
     """
     unit, _, depth = text.rpartition("-")
-    if not unit or not depth.isdecimal():
+    if not unit or not depth.isdecimal() or depth != str(int(depth)):  # 0110 would be 110 again, counted twice
         raise UsageError(f"--networks={text}: write unit-layers, such as basic-110 or bottleneck-164")
     return unit, int(depth)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.identity_tables import FAIL, PAPER, VARIANTS, paper_error
+from experiments.identity_tables import FAIL, PAPER, VARIANTS, paper_error, paper_network
 from experiments.images import summary_row
 from research.analysis import figures, results, tables
 from research.analysis.results import Run, spread
@@ -19,9 +19,10 @@ def report(workdir: Path, names: list[str]) -> None:
     made_from = figures.provenance(runs)
     for network, same in results.group(runs, _network).items():
         variants = results.group(same, lambda run: run.config["variant"])
+        reference = paper_network(network, variants)
         title = f"\n{network}, {same[0].config['dataset']}: paper | here{missing}"
-        print(tables.render(title, [_row(network, *item) for item in variants.items()]))
-        for name, figure in _figures(network, variants).items():
+        print(tables.render(title, [_row(reference, *item) for item in variants.items()]))
+        for name, figure in _figures(network, reference, variants).items():
             written += figures.save(figure, workdir / "figures" / f"{name}_{network}", made_from)
     print("\n" + "\n".join(["Differences of these runs from the paper's:", *differences(runs)]))
     print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(map(str, written))}")
@@ -38,10 +39,12 @@ def differences(runs: Sequence[Run]) -> list[str]:
         "learning rate": (config["learning_rate"], 0.1),
         "warm-up steps": (config["warmup_steps"], 400),
         "augmentation": (config["augmentation"], "crop_and_flip"),
-        "networks": (", ".join(sorted({_network(run) for run in runs})), ", ".join(PAPER)),
+        "weight decay": (config["weight_decay"], 1e-4),
         "seeds": (len({run.config["seed"] for run in runs}), 5),
     }
     lines = [f"  {name}: {ours} (paper: {papers})" for name, (ours, papers) in here.items() if ours != papers]
+    if others := [network for network in results.group(runs, _network) if network not in PAPER]:
+        lines.append(f"  networks: {', '.join(others)} (paper: {', '.join(PAPER)})")
     return [*lines, "  mean ± standard deviation over seeds (paper: median of 5; 'fail' is an error above 20%)"]
 
 
@@ -49,12 +52,11 @@ def _network(run: Run) -> str:
     return f"{run.config['unit']}-{run.config['depth']}"
 
 
-def _row(network: str, variant: str, runs: Sequence[Run]) -> dict[str, Any]:
-    reference, error = paper_error(variant, network)
+def _row(reference: str, variant: str, runs: Sequence[Run]) -> dict[str, Any]:
     diverged = sum(1 for run in runs if run.result.get("failure"))
     return {
         "unit": VARIANTS[variant].label,
-        f"paper: {reference}, test error": error,
+        f"paper: {reference}, test error": paper_error(variant, reference),
         "here: test error": _percent(runs, "test_error"),
         "training error": _percent(runs, "train_error"),
         "training loss": _number(runs, "train_loss"),
@@ -69,13 +71,14 @@ def _percent(runs: Sequence[Run], name: str) -> str:
 
 def _number(runs: Sequence[Run], name: str) -> str:
     found = spread(run.result.get(name) for run in runs)
+    if not found.n:
+        return "failed"
     return f"{found.mean:.3f} ± {found.std:.3f}" if found.n > 1 else f"{found.mean:.3f}"
 
 
-def _figures(network: str, variants: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+def _figures(network: str, reference: str, variants: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
     labelled = {VARIANTS[variant].label: runs for variant, runs in variants.items()}
-    papers = [PAPER.get(network, PAPER["basic-110"]).get(v, PAPER["basic-110"][v]) for v in variants]
-    reference = network if network in PAPER else "basic-110"
+    papers = [PAPER[reference][variant] for variant in variants]
     drawn = {
         "errors": figures.ranked(
             labelled,

@@ -1,7 +1,7 @@
 """The rows of He et al. 2016, Tables 1 to 3: what each variant is in our terms, and the paper's numbers."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -78,8 +78,12 @@ TABLE3 = ("original", "full_preactivation")
 TABLE3_NETWORKS = ("single-110", "basic-110", "bottleneck-164", "bottleneck-1001")
 
 
-def paper_error(variant: str, network: str) -> tuple[str, str]:
-    """The paper's network nearest to this one (itself, or its ResNet-110) and its test error, as printed there."""
-    reference = network if variant in PAPER.get(network, {}) else "basic-110"
+def paper_network(network: str, variants: Iterable[str]) -> str:
+    """The paper's network to put these runs beside: the same one where it has all the variants, or its ResNet-110."""
+    return network if set(variants) <= PAPER.get(network, {}).keys() else "basic-110"
+
+
+def paper_error(variant: str, reference: str) -> str:
+    """Test error of one of the paper's networks, as printed there."""
     error = PAPER[reference][variant]
-    return reference, error if isinstance(error, str) else f"{error:.2f}%"
+    return error if isinstance(error, str) else f"{error:.2f}%"

@@ -31,14 +31,17 @@ class Commands:
             "PYTHONWARNINGS": "error",
         }
 
-    def line(self, *flags: object) -> list[str]:
-        command = [sys.executable, "-m", "experiments.depth_ablation", f"--compilation_cache={self.cache}"]
+    def line(self, *flags: object, experiment: str = "depth_ablation") -> list[str]:
+        command = [sys.executable, "-m", f"experiments.{experiment}", f"--compilation_cache={self.cache}"]
         return [*command, *map(str, flags)]
 
-    def run(self, *flags: object, prefix: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
-        """Runs the depth ablation to its end."""
+    def run(
+        self, *flags: object, experiment: str = "depth_ablation", prefix: tuple[str, ...] = (), **options
+    ) -> subprocess.CompletedProcess:
+        """Runs an experiment to its end."""
         options = {"env": self.environment, "timeout": 300, "cwd": ROOT} | options
-        return subprocess.run([*prefix, *self.line(*flags)], capture_output=True, text=True, **options)
+        line = [*prefix, *self.line(*flags, experiment=experiment)]
+        return subprocess.run(line, capture_output=True, text=True, **options)
 
     def start(self, *flags: object) -> subprocess.Popen:
         """Starts the depth ablation and returns; to be used as a context manager."""

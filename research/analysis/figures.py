@@ -6,6 +6,7 @@ Okabe and Ito's palette, which survives colour blindness; line styles and marker
 
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -56,7 +57,9 @@ def new(columns: int, rows: int = 1, *, width: float = 3.6, height: float = 3.0,
 def legend_below(figure: Figure, axis: Axes) -> None:
     """One legend for all panels, under them, where it hides no curve; entries are those of `axis`."""
     handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6))
+    widest = 0.55 + 0.055 * max(map(len, labels), default=0)  # inches of an entry, handle and space included
+    fitting = max(1, int(figure.get_figwidth() / widest))
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 6, fitting)))
 
 
 def provenance(runs: Sequence[Run]) -> dict[str, str]:
@@ -162,15 +165,16 @@ def ranked(
     Open circles are runs, filled marks their mean with one standard deviation; the dashed line is the first group's
     mean. `paper` is a title and a value in percent a group, None where the paper's run failed.
     """
-    figure, axes = new(len(metrics) + 1, width=2.7, height=1.2 + 0.3 * len(groups), sharey=True)
+    figure, axes = new(len(metrics) + 1, width=2.7, height=1.2 + 0.3 * max(2, len(groups)), sharey=True)
     figure.suptitle(title, fontsize=10)
     rows = range(len(groups))
     for axis, (metric, heading) in zip(axes, metrics.items(), strict=False):
         found = [[run.result.get(metric) for run in runs] for runs in groups.values()]
         for row, values in enumerate(found):
             seen, value = [100 * v for v in values if v is not None], spread(values)
-            axis.plot(seen, [row] * len(seen), "o", markersize=4, markerfacecolor="none", color="0.55", clip_on=False)
-            if value.n:
+            if value.n:  # a line without points, not clipped, would have no extent, and the layout would collapse
+                points = {"markersize": 4, "markerfacecolor": "none", "color": "0.55", "clip_on": False}
+                axis.plot(seen, [row] * len(seen), "o", **points)
                 bar = 100 * value.std if value.n > 1 else None
                 axis.errorbar(100 * value.mean, row, xerr=bar, fmt="D", markersize=5, capsize=3, color=COLOURS[0])
             if value.n < len(values):
@@ -278,6 +282,7 @@ def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
     for axis, (statistic, name) in zip(axes, panels.items(), strict=True):
         for number, (label, runs) in enumerate(variants.items()):
             values = [sum(seeds) / len(seeds) for seeds in zip(*(run.result[statistic] for run in runs), strict=True)]
+            values = [value or math.nan for value in values]  # through a shortcut scaled by 0 nothing comes: no line
             line = _line(number) | {"markevery": (number % 6, 6), "markersize": 4}
             axis.plot(range(1, len(values) + 1), values, label=label, **line)
         axis.set(title=name, xlabel="unit l", yscale="log")

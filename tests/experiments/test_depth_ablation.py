@@ -25,7 +25,7 @@ from research.training import loop
 SHARED = pathlib.Path(os.environ.get("CAROUSEL_DATA", pathlib.Path(__file__).parents[3] / "shared/data"))
 HE2015 = depth_ablation.EXPERIMENT.presets["he2015"]
 RUN_FILES = {"config.json", "environment.json", "metrics.jsonl", "result.json", "signal.json", "checkpoints", "lock"}
-FIGURES = ("error_curves", "error_against_depth", "signal")
+FIGURES = ("error_curves", "error_against_depth", "layer_responses", "signal")
 
 
 # The grid

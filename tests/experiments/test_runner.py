@@ -380,7 +380,7 @@ def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(toy, 
     # XLA:CPU deadlocks with too few threads for its devices; the launcher sets NPROC, and so must a bare command.
     environment = {name: value for name, value in commands.environment.items() if name != "NPROC"}
     script = "import os; from experiments import depth_ablation, runner; import research.training.loop as loop\n"
-    script += "loop.train = lambda *_: print('NPROC', os.environ['NPROC']) or os._exit(0)\n"
+    script += "loop.train = lambda *_, **__: print('NPROC', os.environ['NPROC']) or os._exit(0)\n"
     script += "runner.main(depth_ablation.EXPERIMENT)"
     command = [
         sys.executable,
