@@ -134,7 +134,14 @@ class Trained:
     result: dict[str, Any]
 
 
-def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: Any = None) -> Trained:
+def train(
+    cell: ImageCell,
+    make_model: Callable[..., Any],
+    context: Any,
+    start: Any = None,
+    prepare: Callable[..., Any] | None = None,
+    checksums: Mapping[str, str] | None = None,
+) -> Trained:
     """Trains one network by the cell's recipe.
 
     Args:
@@ -142,6 +149,8 @@ def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: 
       make_model: `(num_classes=..., axis_name=...) -> Flax module`.
       context: of the run.
       start: variables to start from in place of random ones.
+      prepare: `(images, mean) -> what the network sees`, in place of `research.tasks.classification.prepare`.
+      checksums: file name -> SHA-256 of what was read besides the data set, for the run's record.
     """
     import jax
     import numpy as np
@@ -154,8 +163,9 @@ def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: 
     splits = loop.Splits(
         {name: np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels")},
         *map(len, parts),
-        checksums=data.checksums,
+        checksums={**data.checksums, **(checksums or {})},
     )
+    prepare = prepare or classification.prepare
     mean = data.train.images.mean(axis=0, dtype=np.float64).astype(np.float32)
     crop, flip = (4 if "crop" in cell.augmentation else 0), "flip" in cell.augmentation
     schedule = optimizers.step_decay(
@@ -163,7 +173,7 @@ def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: 
     )
     outcome = loop.train(
         functools.partial(make_model, num_classes=data.num_classes),
-        functools.partial(classification.classification, mean=mean, crop=crop, flip=flip),
+        functools.partial(classification.classification, mean=mean, crop=crop, flip=flip, prepare=prepare),
         optimizers.sgd(schedule, weight_decay=cell.weight_decay),
         schedule,
         splits,
@@ -171,7 +181,7 @@ def train(cell: ImageCell, make_model: Callable[..., Any], context: Any, start: 
         context,
         start=start,
     )
-    batch = classification.prepare(data.train.images[:128], mean), data.train.labels[:128]
+    batch = prepare(data.train.images[:128], mean), data.train.labels[:128]
     result = {
         **{f"{split}_{metric}": v for split, metrics in outcome.evaluations.items() for metric, v in metrics.items()},
         "params": sum(leaf.size for leaf in jax.tree.leaves(outcome.final.params)),

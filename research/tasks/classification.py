@@ -15,6 +15,8 @@ from research.ops import augmentation
 Variables = Any
 # apply(variables, images, train=..., key=...) -> (logits, new variables other than the parameters)
 Apply = Callable[..., tuple[jax.Array, Variables]]
+# prepare(images as they are stored, mean) -> images as the network sees them
+Prepare = Callable[[jax.Array, np.ndarray], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,9 @@ def prepare(images: jax.Array, mean: np.ndarray) -> jax.Array:
     return (images.astype(jnp.float32) - mean) * (1 / 128)
 
 
-def classification(apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool = False) -> Classification:
+def classification(
+    apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool = False, prepare: Prepare = prepare
+) -> Classification:
     """Builds the task for a model and one way of preparing images.
 
         x = prepare(image, mean)        loss = mean_n -log softmax(f(x_n))[label_n]
@@ -48,6 +52,7 @@ def classification(apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool 
       crop: padding in pixels of the random crop, 0 for none; training only. The padding is zero after the mean is
         subtracted, as in the paper's code.
       flip: mirror half of the images; training only.
+      prepare: does so, on whole batches and before augmentation; may do something else, and need not use the mean.
     """
 
     def augment(image, key):

@@ -139,6 +139,30 @@ def test_crop_and_flip_are_drawn_apart():
     assert scipy.stats.chi2_contingency(table).pvalue > 0.001
 
 
+def test_another_preparation_is_that_of_training_and_of_evaluation():
+    def doubled_rows(images, mean):
+        assert mean is MEAN
+        return jnp.repeat(images.astype(jnp.float32), 2, axis=1)
+
+    doubled, labels = np.repeat(IMAGES.astype(np.float32), 2, axis=1), np.zeros(64, np.int32)
+    tasks = {crop: classification(showing, mean=MEAN, crop=crop, prepare=doubled_rows) for crop in (0, 1)}
+    seen = {
+        crop: np.asarray(jax.jit(task.loss)({}, {"images": IMAGES, "labels": labels}, keys(64))[1][0]["seen"])
+        for crop, task in tasks.items()
+    }
+    np.testing.assert_array_equal(seen[0], doubled)
+    # Crops are of what was prepared.
+    assert seen[1].shape == doubled.shape
+    padded = np.pad(doubled, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for crop, source in zip(seen[1], padded, strict=True):
+        windows = [source[top : top + 10, left : left + 4] for top in range(3) for left in range(3)]
+        assert any(np.array_equal(crop, window) for window in windows)
+    sums = tasks[1].evaluate({}, {"images": IMAGES, "labels": labels, "mask": np.ones(64, np.float32)})
+    logits = doubled.reshape(64, -1).astype(np.float64)
+    losses = np.log(np.exp(logits - 255).sum(axis=1)) + 255 - logits[:, 0]
+    assert float(sums["loss"]) == pytest.approx(losses.sum(), rel=1e-5)
+
+
 def test_wrong_ranks_are_refused():
     task = classification(fixed_logits, mean=np.zeros((2, 2, 1), np.float32))
     with pytest.raises(AssertionError):
