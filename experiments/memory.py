@@ -141,7 +141,8 @@ def report(workdir: Path, names: list[str]) -> None:
         if len(by_depth) > 1:
             print(f"{name}: bytes grow as depth to the power {exponent(by_depth):.2f}")
     size = config["image_size"]
-    figure = figures.memory_against_depth(groups, f"{title}, {size}x{size} images")
+    powers = {"everything kept": 1.0, "rematerialised": 0.5}
+    figure = figures.memory_against_depth(groups, powers, f"{title}, {size}x{size} images")
     written = figures.save(figure, workdir / "figures" / "memory", figures.provenance(runs))
     print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(map(str, written))}")
 

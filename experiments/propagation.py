@@ -18,6 +18,8 @@ from experiments import images
 from experiments.identity_mappings import network_of, parse_network
 from experiments.identity_tables import VARIANTS
 from experiments.runner import Experiment, main, option
+from research.data.images import TRAIN_EXAMPLES
+from research.errors import UsageError
 
 _STATISTICS = ("gradient_norm", "shortcut_gradient_norm", "jacobian_gain", "shortcut_jacobian_gain", "forward_residue")
 
@@ -70,6 +72,10 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """The grid: variants x seeds."""
     unit, depth = parse_network(config.network)
+    if config.batch_size > (examples := TRAIN_EXAMPLES[config.dataset]):
+        raise UsageError(
+            f"--batch_size={config.batch_size}: {config.dataset} has {examples} training images, give fewer"
+        )
     same = {name: getattr(config, name) for name in ("dataset", "width", "batch_size", "data_dir")}
     grid = [
         Cell(**same, variant=variant, unit=unit, depth=depth, seed=seed)
@@ -137,8 +143,10 @@ def _row(runs: Sequence[Any]) -> dict[str, Any]:
         return sum(numbers) / len(numbers) if numbers else float("nan")
 
     def ratio(name):
-        # Over the units of the last stage that keep the shape, which the identities are about.
-        return mean([run.result[name][2 * len(run.result[name]) // 3 + 1] / run.result[name][-1] for run in runs])
+        # Over the units of the last stage that keep the shape, which the identities are about. There are none where a
+        # stage is one unit, and nothing to compare where the shortcut is scaled by 0.
+        stages = [run.result[name][2 * len(run.result[name]) // 3 + 1 :] for run in runs]
+        return mean([stage[0] / stage[-1] for stage in stages if stage and stage[-1]])
 
     residues = [value for run in runs for value in run.result["forward_residue"] if value is not None]
     return {

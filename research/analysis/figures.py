@@ -295,15 +295,21 @@ def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
 
 
 @styled
-def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], title: str) -> Figure:
-    """Bytes of a step's temporaries against layers on two logarithmic scales, with guides of slope 1 and 1/2."""
+def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], powers: Mapping[str, float], title: str) -> Figure:
+    """Bytes of a step's temporaries against layers on two logarithmic scales.
+
+    Args:
+      groups: name -> layers -> run.
+      powers: name -> slope of the group's guide, a dotted line through its deepest network: 1 or 1/2.
+      title: of the figure.
+    """
     figure, (axis,) = new(1, width=4.8, height=4.0)
     for number, (name, by_depth) in enumerate(groups.items()):
         depths = sorted(by_depth)
         sizes = [by_depth[depth].result["temporary_bytes"] / 2**30 for depth in depths]
         axis.plot(depths, sizes, label=name, **_line(number))
-        slope, power = ("depth", 1.0) if number == 0 else ("its square root", 0.5)
-        guide = [sizes[-1] * (depth / depths[-1]) ** power for depth in depths]
+        slope = {1.0: "depth", 0.5: "its square root"}[powers[name]]
+        guide = [sizes[-1] * (depth / depths[-1]) ** powers[name] for depth in depths]
         axis.plot(depths, guide, color="0.5", linewidth=0.8, linestyle=":", label=f"proportional to {slope}")
     axis.set(title=title, xlabel="layers", ylabel="temporaries of a step (GiB)", xscale="log", yscale="log")
     ticks = sorted({depth for by_depth in groups.values() for depth in by_depth})
