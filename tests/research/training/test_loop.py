@@ -60,12 +60,12 @@ def plan(steps=6, batch_size=16, steps_per_call=2, evaluate_every=2, **changes):
     return loop.Plan(0, steps, batch_size, steps_per_call, evaluate_every, **changes)
 
 
-def train(folder, chosen, *, learning_rate=0.05, should_stop=lambda: False, log=None, splits=SPLITS):
+def train(folder, chosen, *, learning_rate=0.05, should_stop=lambda: False, log=None, splits=SPLITS, start=None):
     schedule = optimizers.step_decay(learning_rate, drops=(4_000,))
     task = functools.partial(classification, mean=MEAN)
     with run_folder.open_run(folder, {}) as run, Reporter(log or io.StringIO()) as reporter:
         context = loop.Context(run, "run", reporter, should_stop)
-        outcome = loop.train(Net, task, optimizers.sgd(schedule), schedule, splits, chosen, context)
+        outcome = loop.train(Net, task, optimizers.sgd(schedule), schedule, splits, chosen, context, start=start)
         run.finish({})
     return outcome
 
@@ -147,6 +147,36 @@ def test_the_seed_decides_the_run(tmp_path):
     outcomes = [train(tmp_path / str(n), loop.Plan(seed, 2, 16, 2, 2)) for n, seed in enumerate((0, 0, 1))]
     assert outcomes[0].sha256 == outcomes[1].sha256 != outcomes[2].sha256
     assert state.sha256(outcomes[0].initial) != state.sha256(outcomes[2].initial)
+
+
+def test_training_starts_from_the_variables_that_are_given(tmp_path):
+    start = train(tmp_path / "earlier", plan()).final.variables
+    chosen = plan(steps_per_call=1, evaluate_every=6)
+    outcome = train(tmp_path / "whole", chosen, start=start)
+    fresh = train(tmp_path / "fresh", chosen)
+    jax.tree.map(np.testing.assert_array_equal, outcome.initial.variables, start)
+    assert int(outcome.initial.step) == 0 and not any(map(np.any, jax.tree.leaves(outcome.initial.opt_state)))
+    # The first batch is seen with them; the same examples come in the same order as without.
+    first, second = (records(tmp_path / name)[0] for name in ("whole", "fresh"))
+    rows = np.asarray(step.shuffled_indices(state.stream(0, "order"), 0, steps=1, batch_size=16, examples=1280))[0]
+    batch = {name: array[rows] for name, array in SPLITS.arrays.items()}
+    for found, variables in ((first, start), (second, fresh.initial.variables)):
+        expected, _ = classification(state.bind(Net()), mean=MEAN).loss(variables, batch, None)
+        assert found["loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert first["loss"] < second["loss"] and outcome.sha256 != fresh.sha256
+    # Stopped and started again with the same variables, it goes on from its checkpoint, to the same bits.
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6"):
+        train(tmp_path / "stopped", chosen, start=start, should_stop=stop_after(3))
+    again = train(tmp_path / "stopped", chosen, start=start)
+    assert (again.sha256, again.evaluations) == (outcome.sha256, outcome.evaluations)
+    jax.tree.map(np.testing.assert_array_equal, again.initial.variables, start)
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_variables_of_another_model_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(UsageError, match="the weights to start from are not this network's"):
+        train(tmp_path, plan(), start={"params": {}})
+    assert not list(tmp_path.glob("checkpoints/*")) and not records(tmp_path)
 
 
 @pytest.mark.parametrize(

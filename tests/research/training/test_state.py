@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors as flax_errors
 from flax import linen as nn
 
 from research.errors import CarouselError, UsageError
@@ -145,3 +146,85 @@ def test_binding_gives_updated_collections_in_training_only():
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), collections["batch_stats"], variables["batch_stats"])
     assert all(jax.tree.leaves(moved))
     assert not np.allclose(trained, evaluated)
+
+
+# Other variables to start from
+
+
+def started():
+    return state.initialize(Net(), optimizers.sgd(lambda step: 0.1), 0, (1, 8, 8, 1))
+
+
+def test_replacing_the_variables_keeps_the_rest():
+    initial = started()._replace(step=jnp.int32(5))
+    other = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, initial.variables)
+    replaced = state.replace_variables(initial, other)
+    assert_equal(replaced.variables, other)
+    assert replaced.variables.keys() == {"params", "batch_stats"} == other.keys(), "the argument was changed"
+    assert int(replaced.step) == 5
+    assert_equal(replaced.opt_state, initial.opt_state)
+    assert_equal(state.replace_variables(initial, initial.variables), initial)
+
+
+def changed(*names, value=None):
+    """A change of one leaf of the variables: to a value, or away with it."""
+
+    def change(variables):
+        *path, last = names
+        inner = variables
+        for name in path:
+            inner = inner[name]
+        inner.pop(last) if value is None else inner.update({last: value})
+        return variables
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed("params", "Dense_0", "bias"), r"params/Dense_0/bias is \(3,\) here and nothing there"),
+        (changed("params", "Dense_0", "gain", value=np.ones(2)), r"Dense_0/gain is nothing here and \(2,\) there"),
+        (
+            changed("params", "Dense_0", "kernel", value=np.ones((3, 64))),
+            r"kernel is \(64, 3\) here and \(3, 64\) there",
+        ),
+        (changed("batch_stats"), r"batch_stats/BatchNorm_0/mean is \(3,\) here and nothing there"),
+        (changed("params", "Dense_0", "bias", value=np.float32(0)), r"bias is \(3,\) here and \(\) there"),
+    ],
+    ids=["missing", "extra", "transposed", "no statistics", "a scalar"],
+)
+def test_variables_of_another_network_are_refused_by_name(change, message):
+    variables = change(jax.tree.map(np.asarray, started().variables))
+    with pytest.raises(UsageError, match=f"the weights to start from are not this network's: .*{message}") as caught:
+        state.replace_variables(started(), variables)
+    assert "\n" not in str(caught.value)
+
+
+# Randomness in the model
+
+
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dropout(0.5, deterministic=not train)(x) * self.param("scale", nn.initializers.ones, ())
+
+
+def test_a_model_that_draws_draws_by_the_key_it_is_bound_with():
+    apply, x = state.bind(Dropped()), jnp.ones((4, 100))
+    variables = {"params": {"scale": jnp.float32(3)}}
+    one, again, other = (apply(variables, x, train=True, key=jax.random.key(seed))[0] for seed in (0, 0, 1))
+    assert set(np.unique(one)) == {0, 6} and 100 < int((one == 0).sum()) < 300
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    # Nothing is drawn in evaluation, whatever the key; without a key there is nothing to draw from in training.
+    for key in (None, jax.random.key(0)):
+        np.testing.assert_array_equal(apply(variables, x, train=False, key=key)[0], 3 * x)
+    with pytest.raises(flax_errors.InvalidRngError):
+        apply(variables, x, train=True)
+
+
+def test_a_model_that_does_not_draw_does_not_see_the_key():
+    variables, images = started().variables, jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
+    outputs = [state.bind(Net())(variables, images, train=True, key=key) for key in (None, jax.random.key(1))]
+    assert_equal(*outputs)
