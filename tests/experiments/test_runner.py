@@ -376,7 +376,7 @@ def test_every_configuration_is_checked_before_the_first_cell_runs(toy, tmp_path
     assert re.search("size-3 belongs to another configuration: size is 4 there and 3 here", done.stderr)
 
 
-def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(toy, commands):
+def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(commands, tmp_path):
     # XLA:CPU deadlocks with too few threads for its devices; the launcher sets NPROC, and so must a bare command.
     environment = {name: value for name, value in commands.environment.items() if name != "NPROC"}
     script = "import os; from experiments import depth_ablation, runner; import research.training.loop as loop\n"
@@ -389,7 +389,7 @@ def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(toy, 
         "--smoke",
         "--devices=4",
         "--compilation_cache=",
-        f"--workdir={os.devnull}x",
+        f"--workdir={tmp_path}",
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("NPROC") and int(done.stdout.split()[1]) >= 16, done.stderr
