@@ -7,6 +7,7 @@ import math
 import re
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from experiments import memory
@@ -91,7 +92,14 @@ def test_a_whole_command(commands, tmp_path):
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"memory.png", "memory.svg"}
 
 
-def test_steps_are_taken_where_asked_for(tmp_path):
+@pytest.fixture
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_steps_are_taken_where_asked_for(quick_compilation, tmp_path):
     config = Config(networks=("bottleneck-11",), remat=("off",), width=2, image_size=4, batch_size=2, execute=1)
     (cell,) = cells(config)
     notes = []
