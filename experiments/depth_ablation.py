@@ -72,12 +72,16 @@ def cells(config: Config) -> list[Cell]:
 
 def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     """Trains one network and measures how signals travel in it, before and after."""
+    trained = images.train(cell, functools.partial(network_of, cell), context)
+    images.measure_signal(trained, network_of, cell, context)
+    return trained.result
+
+
+def network_of(cell: Cell, **options: Any) -> Any:
+    """The network of a cell; options go to `cifar_resnet`."""
     from research.models import cifar_resnet
 
-    make_model = functools.partial(cifar_resnet, cell.depth, cell.block, cell.width)
-    trained = images.train(cell, make_model, context)
-    images.measure_signal(trained, make_model(), context)
-    return trained.result
+    return cifar_resnet(cell.depth, cell.block, cell.width, **options)
 
 
 EXPERIMENT = Experiment(

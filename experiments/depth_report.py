@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.images import summary_row
-from research.analysis import figures, results, tables
+from research.analysis import figures, results, signal_figures, tables
 from research.analysis.results import Run, spread
 
 # He et al. 2015, Table 6: depth -> parameters as printed, test error in percent (at 110 the best of five runs; their
@@ -57,19 +57,21 @@ def _draw(runs: Sequence[Run], folder: Path) -> list[Path]:
     }
     responses = _responses(runs)
     if responses:
-        drawn["layer_responses"] = figures.layer_responses(responses)
+        drawn["layer_responses"] = signal_figures.layer_responses(responses)
     if signals:
         in_order = {block: signals[block] for block in blocks if block in signals}
-        drawn["signal"] = figures.signal_propagation(in_order, deepest)
+        drawn["signal"] = signal_figures.signal_propagation(in_order, deepest)
     made_from = figures.provenance(runs)
     return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
 
 
 def _responses(runs: Sequence[Run]) -> dict[str, list[float]]:
-    """After training, of the first seed of each network."""
+    """After training, of the first seed of each network that did not diverge."""
     networks = results.group(runs, lambda run: f"{run.config['block']}, {run.config['depth']} layers")
-    signals = {name: same[0].read_json("signal.json") for name, same in networks.items()}
-    return {name: signal["final"]["response_std"] for name, signal in signals.items() if signal}
+    found = {
+        name: [signal for run in same if (signal := run.read_json("signal.json"))] for name, same in networks.items()
+    }
+    return {name: signals[0]["final"]["response_std"] for name, signals in found.items() if signals}
 
 
 def _row(network: tuple[str, int, int], runs: Sequence[Run]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class Config(images.ImageConfig):
     """The flags."""
 
     seeds: tuple[int, ...] = option((0, 1, 2), "One run of every network per seed.", minimum=0)
+    evaluations: int = option(5, "How often, evenly spread, validation and test errors are measured.", minimum=1)
     networks: tuple[str, ...] = option(("basic-56",), "Unit and layers, such as basic-110 or bottleneck-164.")
     variants: tuple[str, ...] = option(
         ("original", "conv_1x1", "scale_0.5_0.5", "shortcut_gate_0", "full_preactivation"),
@@ -96,7 +97,7 @@ def parse_network(text: str) -> tuple[str, int]:
 def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     """Trains one network and measures how signals travel in it, before and after."""
     trained = images.train(cell, functools.partial(network_of, cell, remat=cell.remat), context)
-    images.measure_signal(trained, network_of(cell), context)
+    images.measure_signal(trained, network_of, cell, context)
     return trained.result
 
 

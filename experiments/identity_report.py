@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.identity_tables import FAIL, PAPER, VARIANTS, paper_error, paper_network
 from experiments.images import summary_row
-from research.analysis import figures, results, tables
+from research.analysis import figures, results, signal_figures, tables
 from research.analysis.results import Run, spread
 
 
@@ -94,7 +94,7 @@ def _figures(network: str, reference: str, variants: Mapping[str, Sequence[Run]]
         if (found := next((signal for run in runs if (signal := run.read_json("signal.json"))), None))
     }
     if signals:
-        drawn["signal"] = figures.signal_propagation(signals, int(network.split("-")[1]))
+        drawn["signal"] = signal_figures.signal_propagation(signals, int(network.split("-")[1]))
     return drawn
 
 

@@ -193,15 +193,22 @@ def train(
     return Trained(outcome, batch, result)
 
 
-def measure_signal(trained: Trained, model: Any, context: Any) -> None:
+def measure_signal(trained: Trained, network_of: Callable[[Any], Any], cell: ImageCell, context: Any) -> None:
     """Writes `signal.json`: how signals travel in the network before training and after."""
-    from research.analysis import signal
     from research.files import write_json_atomic
 
-    measure = signal.propagation(model)
+    measure = _propagation(network_of, dataclasses.replace(cell, seed=0))
     moments = {"initial": trained.outcome.initial, "final": trained.outcome.final}
     signals = {moment: measure(state.variables, *trained.probe_batch) for moment, state in moments.items()}
     write_json_atomic(context.folder.path / "signal.json", signals)
+
+
+@functools.lru_cache(maxsize=1)
+def _propagation(network_of, cell):
+    """Compiled once for all seeds of a network, which follow each other in a grid."""
+    from research.analysis import signal
+
+    return signal.propagation(network_of(cell))
 
 
 _CONFIG = ("width", "seed", "steps", "batch_size", "learning_rate", "augmentation")

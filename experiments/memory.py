@@ -126,7 +126,7 @@ def _executed(result: Mapping[str, Any]) -> str:
 
 def report(workdir: Path, names: list[str]) -> None:
     """Writes `summary.csv` and the figure; prints bytes and the exponent of their growth with depth."""
-    from research.analysis import figures, results, tables
+    from research.analysis import figures, results, signal_figures, tables
 
     runs = results.read_runs(workdir / "runs" / name for name in names)
     tables.write_csv(workdir / "summary.csv", [run.config | _all_columns(run.result) for run in runs])
@@ -142,7 +142,7 @@ def report(workdir: Path, names: list[str]) -> None:
             print(f"{name}: bytes grow as depth to the power {exponent(by_depth):.2f}")
     size = config["image_size"]
     powers = {"everything kept": 1.0, "rematerialised": 0.5}
-    figure = figures.memory_against_depth(groups, powers, f"{title}, {size}x{size} images")
+    figure = signal_figures.memory_against_depth(groups, powers, f"{title}, {size}x{size} images")
     written = figures.save(figure, workdir / "figures" / "memory", figures.provenance(runs))
     print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(map(str, written))}")
 

@@ -110,7 +110,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
 
 def report(workdir: Path, names: list[str]) -> None:
     """Writes `summary.csv` (a row a unit) and the figure; prints what the identities say."""
-    from research.analysis import figures, results, tables
+    from research.analysis import figures, results, signal_figures, tables
 
     runs = results.read_runs(workdir / "runs" / name for name in names)
     variants = results.group(runs, lambda run: VARIANTS[run.config["variant"]].label)
@@ -121,7 +121,9 @@ def report(workdir: Path, names: list[str]) -> None:
     title = f"\n{network} at initialisation, means over seeds (n={len({run.config['seed'] for run in runs})})"
     print(tables.render(title, rows))
     written = figures.save(
-        figures.identities(variants, f"{network}, width {config['width']}, {config['dataset']}, at initialisation"),
+        signal_figures.identities(
+            variants, f"{network}, width {config['width']}, {config['dataset']}, at initialisation"
+        ),
         workdir / "figures" / f"identities_{network}",
         figures.provenance(runs),
     )

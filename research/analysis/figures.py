@@ -6,7 +6,6 @@ Okabe and Ito's palette, which survives colour blindness; line styles and marker
 
 import io
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -60,6 +59,19 @@ def legend_below(figure: Figure, axis: Axes) -> None:
     widest = 0.55 + 0.055 * max(map(len, labels), default=0)  # inches of an entry, handle and space included
     fitting = max(1, int(figure.get_figwidth() / widest))
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 6, fitting)))
+
+
+def plain_logarithmic_labels(axis: Axes) -> None:
+    """Labels 1, 2, 5, 10, ... in plain numbers on a logarithmic y axis."""
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour, marker and dashes of the line of that number: told apart in grey as well."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    return {"color": colour, "marker": marker, "linestyle": ("--", "-", "-.", ":")[(number + number // 8) % 4]}
 
 
 def provenance(runs: Sequence[Run]) -> dict[str, str]:
@@ -144,7 +156,7 @@ def error_against(groups: Mapping[str, Mapping[int, Sequence[Run]]], xlabel: str
                 capsize=3,
                 markersize=5,
                 label=f"{name} ({_counts(points.values())})",
-                **_line(number),
+                **line_style(number),
             )
         axis.set(title=title, xlabel=xlabel, xticks=range(len(ticks)), xticklabels=ticks)
         axis.margins(x=0.08)
@@ -213,125 +225,17 @@ def mean_curves(groups: Mapping[str, Sequence[Run]], metric: str, ylabel: str, t
             continue
         length = min(len(steps) for steps, _ in curves)  # of runs that diverged there is a part
         steps, values = curves[0][0][:length], list(zip(*(values[:length] for _, values in curves), strict=True))
-        line = _line(number) | {"markevery": (number % 5, max(1, length // 6)), "markersize": 4}
+        line = line_style(number) | {"markevery": (number % 5, max(1, length // 6)), "markersize": 4}
         axis.plot(steps, [sum(v) / len(v) for v in values], label=f"{name} (n = {len(curves)})", **line)
         axis.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=line["color"], alpha=0.15, linewidth=0
         )
     axis.set(title=title, xlabel="step", ylabel=ylabel, yscale="log")
-    _plain_logarithmic_labels(axis)
+    plain_logarithmic_labels(axis)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    return figure
-
-
-@styled
-def signal_propagation(signals: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]], depth: int) -> Figure:
-    """How activations and gradients change from the first layer to the last, before training and after.
-
-    Args:
-      signals: kind of block -> `initial` and `final` -> statistics of `research.analysis.signal.propagation`.
-      depth: layers of the networks, for the title.
-    """
-    panels = {
-        "output_variance": ("variance of the block's output", "block"),
-        "weight_gradient_norm": (r"$\Vert dL/dW \Vert$ of the convolution", "convolution"),
-        "block_input_gradient_norm": (r"$\Vert dL/dx \Vert$ at the block's input", "block"),
-    }
-    moments = {"initial": "at initialisation", "final": "after training"}
-    figure, axes = new(len(panels), len(moments), height=2.7)
-    for row, (moment, when) in enumerate(moments.items()):
-        for axis, (statistic, (title, xlabel)) in zip(axes[row * len(panels) :], panels.items(), strict=False):
-            for number, (name, found) in enumerate(signals.items()):
-                values = found[moment][statistic]
-                axis.plot(range(1, len(values) + 1), values, markersize=2.5, label=name, **_line(number))
-            axis.set(yscale="log", xlabel=xlabel, ylabel=title, title=f"{depth} layers, {when}")
-            _plain_logarithmic_labels(axis)
-            axis.locator_params(axis="x", integer=True)
-    legend_below(figure, axes[0])
-    return figure
-
-
-@styled
-def layer_responses(responses: Mapping[str, Sequence[float]]) -> Figure:
-    """Standard deviation of each layer's response: in the order of the layers, and sorted. He et al. 2015, Figure 7.
-
-    Args:
-      responses: name of a network -> `response_std` of `research.analysis.signal.propagation`.
-    """
-    figure, axes = new(2, width=4.2, height=3.0, sharey=True)
-    for number, (name, values) in enumerate(responses.items()):
-        line = _line(number) | {"markersize": 3, "markevery": max(1, len(values) // 9)}
-        for axis, shown in zip(axes, (values, sorted(values, reverse=True)), strict=True):
-            axis.plot(range(1, len(shown) + 1), shown, label=name, **line)
-    axes[0].set(title="in order of depth", xlabel="convolution", ylabel="std of the response after BN", ylim=(0, None))
-    axes[1].set(title="sorted by size", xlabel="rank")
-    legend_below(figure, axes[0])
-    return figure
-
-
-@styled
-def identities(variants: Mapping[str, Sequence[Run]], title: str) -> Figure:
-    """The statistics of `research.analysis.identities` against the unit: a line a kind of unit, the mean over runs."""
-    panels = {
-        "gradient_norm": r"$\Vert dE/dx_l \Vert$",
-        "shortcut_gradient_norm": r"part of $dE/dx_l$ through shortcuts alone",
-        "jacobian_gain": r"unit's Jacobian, $\Vert J \Vert_F / \sqrt{dim}$",
-        "shortcut_jacobian_gain": r"its shortcut's, $\Vert J_h \Vert_F / \sqrt{dim}$",
-    }
-    figure, axes = new(2, 2, width=4.4, height=3.0)
-    for axis, (statistic, name) in zip(axes, panels.items(), strict=True):
-        for number, (label, runs) in enumerate(variants.items()):
-            values = [sum(seeds) / len(seeds) for seeds in zip(*(run.result[statistic] for run in runs), strict=True)]
-            values = [value or math.nan for value in values]  # through a shortcut scaled by 0 nothing comes: no line
-            line = _line(number) | {"markevery": (number % 6, 6), "markersize": 4}
-            axis.plot(range(1, len(values) + 1), values, label=label, **line)
-        axis.set(title=name, xlabel="unit l", yscale="log")
-        axis.locator_params(axis="x", integer=True)
-    for axis in axes[2:]:
-        _plain_logarithmic_labels(axis)
-    figure.suptitle(title, fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return figure
-
-
-@styled
-def memory_against_depth(groups: Mapping[str, Mapping[int, Run]], powers: Mapping[str, float], title: str) -> Figure:
-    """Bytes of a step's temporaries against layers on two logarithmic scales.
-
-    Args:
-      groups: name -> layers -> run.
-      powers: name -> slope of the group's guide, a dotted line through its deepest network: 1 or 1/2.
-      title: of the figure.
-    """
-    figure, (axis,) = new(1, width=4.8, height=4.0)
-    for number, (name, by_depth) in enumerate(groups.items()):
-        depths = sorted(by_depth)
-        sizes = [by_depth[depth].result["temporary_bytes"] / 2**30 for depth in depths]
-        axis.plot(depths, sizes, label=name, **_line(number))
-        slope = {1.0: "depth", 0.5: "its square root"}[powers[name]]
-        guide = [sizes[-1] * (depth / depths[-1]) ** powers[name] for depth in depths]
-        axis.plot(depths, guide, color="0.5", linewidth=0.8, linestyle=":", label=f"proportional to {slope}")
-    axis.set(title=title, xlabel="layers", ylabel="temporaries of a step (GiB)", xscale="log", yscale="log")
-    ticks = sorted({depth for by_depth in groups.values() for depth in by_depth})
-    axis.set_xticks(ticks, [str(depth) for depth in ticks])
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    _plain_logarithmic_labels(axis)
-    axis.legend()
     return figure
 
 
 def _counts(points):
     counts = sorted({point.n for point in points})
     return f"n = {'-'.join(map(str, counts))}" if counts else "failed"
-
-
-def _plain_logarithmic_labels(axis):
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _line(number: int) -> dict[str, str]:
-    """Colour, marker and dashes of the line of that number: told apart in grey as well."""
-    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-    return {"color": colour, "marker": marker, "linestyle": ("--", "-", "-.", ":")[(number + number // 8) % 4]}

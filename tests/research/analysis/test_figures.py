@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import research
-from research.analysis import figures  # before pyplot: it chooses a backend that needs no display
+from research.analysis import figures, signal_figures  # before pyplot: it chooses a backend that needs no display
 
 plt = matplotlib.pyplot
 
@@ -38,7 +38,7 @@ def make_all(runs):
     return {
         "curves": figures.error_curves(blocks, depth, "layers"),
         "against": figures.error_against(against, "layers", metrics),
-        "signal": figures.signal_propagation(signals, 20),
+        "signal": signal_figures.signal_propagation(signals, 20),
     }
 
 
@@ -234,6 +234,6 @@ def test_runs_without_numbers_leave_gaps_and_not_errors(make_run, tmp_path):
     for name, figure in (
         ("curves", figures.error_curves(by_block(runs), depth, "layers")),
         ("against", figures.error_against(groups, "layers", {"test_error": "test error"})),
-        ("signal", figures.signal_propagation({}, 8)),
+        ("signal", signal_figures.signal_propagation({}, 8)),
     ):
         assert all(path.stat().st_size for path in figures.save(figure, tmp_path / name, made_from))

@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 from matplotlib.colors import to_hex
 
-from research.analysis import figures  # before pyplot: it chooses a backend that needs no display
+from research.analysis import figures, signal_figures  # before pyplot: it chooses a backend that needs no display
 
 plt = matplotlib.pyplot
 
@@ -126,7 +126,7 @@ def test_a_mean_curve_of_one_run_and_of_none(variants, tmp_path):
 
 def test_layer_responses_in_order_and_sorted(tmp_path):
     responses = {"plain, 20 layers": [1.0, 3.0, 2.0], "residual, 56 layers": [0.5, 0.25]}
-    figure = figures.layer_responses(responses)
+    figure = signal_figures.layer_responses(responses)
     ordered, by_size = figure.axes
     assert lines(ordered) == [([1, 2, 3], [1.0, 3.0, 2.0]), ([1, 2], [0.5, 0.25])]
     assert lines(by_size) == [([1, 2, 3], [3.0, 2.0, 1.0]), ([1, 2], [0.5, 0.25])]
@@ -139,10 +139,13 @@ def test_layer_responses_in_order_and_sorted(tmp_path):
 def test_legends_of_a_whole_table_fit_below_the_panels(tmp_path):
     """The depth ablation's ten networks, and the eleven rows of He et al. 2016, Table 1."""
     networks = [f"{block}, {depth} layers" for depth in (20, 32, 44, 56, 110) for block in ("residual", "plain")]
-    saved(figures.layer_responses({name: [3.0, 1.0] for name in networks}), tmp_path)
+    saved(signal_figures.layer_responses({name: [3.0, 1.0] for name in networks}), tmp_path)
     moment = {name: [2.0, 1.0] for name in ("output_variance", "weight_gradient_norm", "block_input_gradient_norm")}
     labels = [f"shortcut-only gate, b = -{number}" for number in range(11)]
-    saved(figures.signal_propagation({label: {"initial": moment, "final": moment} for label in labels}, 110), tmp_path)
+    saved(
+        signal_figures.signal_propagation({label: {"initial": moment, "final": moment} for label in labels}, 110),
+        tmp_path,
+    )
 
 
 # Identities
@@ -157,7 +160,7 @@ def test_identities_are_means_over_seeds_unit_by_unit(make_run, tmp_path):
         return make_run(f"{name}-{seed}", {}, [], values)
 
     kinds = {"identity": [run("identity", seed, 1.0) for seed in (0, 1)], "zero": [run("zero", 0, 0.0)]}
-    figure = figures.identities(kinds, "a title")
+    figure = signal_figures.identities(kinds, "a title")
     assert len(figure.axes) == 4 and figure.get_suptitle() == "a title"
     assert len({axis.get_title() for axis in figure.axes}) == 4
     for axis in figure.axes:
@@ -167,13 +170,13 @@ def test_identities_are_means_over_seeds_unit_by_unit(make_run, tmp_path):
         assert (axis.get_yscale(), axis.get_xlabel()) == ("log", "unit l")
     assert legend_texts(figure) == ["identity", "zero"]
     saved(figure, tmp_path)
-    alone = figures.identities({"zero": kinds["zero"]}, "a title")
+    alone = signal_figures.identities({"zero": kinds["zero"]}, "a title")
     saved(alone, tmp_path)
 
 
 def test_each_panel_of_identities_shows_its_own_statistic(make_run):
     run = make_run("one", {}, [], {panel: [10.0**k, 10.0**k] for k, panel in enumerate(PANELS)})
-    figure = figures.identities({"one": [run]}, "a title")
+    figure = signal_figures.identities({"one": [run]}, "a title")
     assert [lines(axis) for axis in figure.axes] == [[([1, 2], [10.0**k] * 2)] for k in range(4)]
     titles = [axis.get_title() for axis in figure.axes]
     assert ["shortcuts alone" in title for title in titles] == [False, True, False, False]
@@ -191,7 +194,7 @@ def test_memory_against_depth_with_a_guide_a_group(make_run, tmp_path):
         "kept": {1001: run("kept", 1001, 8.0), 164: run("kept", 164, 2.0)},
         "again": {164: run("again", 164, 0.5), 1001: run("again", 1001, 1.0)},
     }
-    figure = figures.memory_against_depth(groups, {"again": 0.5, "kept": 1.0}, "a title")
+    figure = signal_figures.memory_against_depth(groups, {"again": 0.5, "kept": 1.0}, "a title")
     (axis,) = figure.axes
     assert (axis.get_xscale(), axis.get_yscale(), axis.get_title()) == ("log", "log", "a title")
     assert [label.get_text() for label in axis.get_xticklabels()] == ["164", "1001"]
@@ -211,6 +214,6 @@ def test_memory_against_depth_with_a_guide_a_group(make_run, tmp_path):
         box.contains(*axis.transData.transform(point)) for x, y in lines(axis) for point in zip(x, y, strict=True)
     )
     # Alone, the second keeps its own guide.
-    alone = figures.memory_against_depth({"again": {164: groups["again"][164]}}, {"again": 0.5}, "a title")
+    alone = signal_figures.memory_against_depth({"again": {164: groups["again"][164]}}, {"again": 0.5}, "a title")
     assert [text.get_text() for text in alone.axes[0].get_legend().get_texts()][1] == "proportional to its square root"
     saved(alone, tmp_path)
