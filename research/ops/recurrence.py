@@ -1,0 +1,154 @@
+"""Recurrence over time: one scan for every cell of `research.ops.recurrent`; time is the leading axis inside.
+
+The input's share of the pre-activations comes for all times at once, `a = x W + b` `[time, batch, gates n]`: that
+product stands outside the loop. The hidden state's share h U cannot, but its weight gradient can: the backward loop
+emits the gradient of every step's r = h U, and
+
+    dL/dU = sum_t h_{t-1}' dL/dr_t
+
+is one product over all times afterwards. The forward loop keeps the carries alone; the backward pass makes all r again
+in one product, and what is inside a step from them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Carry = Any
+
+
+def recur(
+    step: Callable[..., Carry],
+    kernel: jax.Array,
+    parameters: Any,
+    carry: Carry,
+    a: jax.Array,
+    *,
+    hidden: Callable[[Carry], jax.Array] = lambda h: h,
+    mask: jax.Array | None = None,
+    reverse: bool = False,
+    kernel_inside: bool = False,
+    segment: int | None = None,
+) -> tuple[Carry, jax.Array]:
+    """Runs a cell over time.
+
+        carry_t = step(carry_{t-1}, a_t, hidden(carry_{t-1}) U, parameters)        output_t = hidden(carry_t)
+
+    Args:
+      step: one step of a cell; must not close over traced arrays.
+      kernel: U `[n, gates n]`.
+      parameters: further weights of the cell (peepholes, biases), or None.
+      carry: before the first step, arrays `[batch, n]`.
+      a: `[time, batch, gates n]`.
+      hidden: the carry's part that is multiplied by U and put out.
+      mask: `[time, batch]` bool, False where a sequence has no element: the carry passes unchanged and the output is
+        zero there, so the last carry is that of the last valid step.
+      reverse: walks from the last time to the first; outputs stand at their own times.
+      kernel_inside: the step multiplies by U itself: `step(carry, a_t, U, parameters)`. Its gradient is accumulated in
+        the loop. Differentiable in forward mode too; the other kind only in reverse mode, any number of times.
+      segment: steps of a segment. Where it is given, only the carry before each segment is kept for the backward pass
+        and segments are run again there: at segment = sqrt(time) memory grows with the square root of time (Chen et al.
+        2016), for one more forward pass.
+
+    Returns:
+      The last carry, and the outputs `[time, batch, n]`.
+    """
+    chex.assert_rank([kernel, a], [2, 3])
+    time, batch = a.shape[:2]
+    if mask is None:
+        mask = jnp.ones((time, 1), bool)
+    else:
+        chex.assert_shape(mask, (time, batch))
+    if reverse:
+        a, mask = a[::-1], mask[::-1]
+    loop = functools.partial(_loop_inside if kernel_inside else _loop, step, hidden)
+    if segment is None or segment >= time:
+        carry, outputs = loop(kernel, parameters, carry, a, mask)
+    else:
+        carry, outputs = _in_segments(loop, segment, kernel, parameters, carry, a, mask)
+    return carry, outputs[::-1] if reverse else outputs
+
+
+def _in_segments(loop, segment, kernel, parameters, carry, a, mask):
+    @jax.checkpoint
+    def run(carry, inputs):
+        return loop(kernel, parameters, carry, *inputs)
+
+    whole = a.shape[0] - a.shape[0] % segment
+    cut = [x[:whole].reshape(-1, segment, *x.shape[1:]) for x in (a, mask)]
+    carry, outputs = lax.scan(run, carry, cut)
+    outputs = outputs.reshape(whole, *outputs.shape[2:])
+    if whole < a.shape[0]:
+        carry, rest = run(carry, (a[whole:], mask[whole:]))
+        outputs = jnp.concatenate([outputs, rest])
+    return carry, outputs
+
+
+def _masked(step, mask, carry, *arguments):
+    """One step where the mask says so; `mask` is `[batch]` or `[1]`."""
+    return jax.tree.map(lambda new, old: jnp.where(mask[:, None], new, old), step(carry, *arguments), carry)
+
+
+def _output(hidden, carry, mask):
+    return jnp.where(mask[:, None], hidden(carry), 0)
+
+
+def _loop_inside(step, hidden, kernel, parameters, carry, a, mask):
+    def body(carry, inputs):
+        a, mask = inputs
+        carry = _masked(step, mask, carry, a, kernel, parameters)
+        return carry, _output(hidden, carry, mask)
+
+    return lax.scan(body, carry, (a, mask))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loop(step, hidden, kernel, parameters, carry, a, mask):
+    return _forward(step, hidden, kernel, parameters, carry, a, mask)[0]
+
+
+def _forward(step, hidden, kernel, parameters, carry, a, mask):
+    def body(carry, inputs):
+        a, mask = inputs
+        new = _masked(step, mask, carry, a, hidden(carry) @ kernel, parameters)
+        return new, (_output(hidden, new, mask), carry)
+
+    last, (outputs, before) = lax.scan(body, carry, (a, mask))
+    return (last, outputs), (kernel, parameters, before, a, mask)
+
+
+def _backward(step, hidden, saved, gradients):
+    kernel, parameters, before, a, mask = saved
+    last, outputs = gradients
+    states = jax.vmap(hidden)(before)  # h_{t-1}, [time, batch, n]
+    r = states @ kernel
+
+    def body(accumulated, inputs):
+        carry_gradient, parameter_gradient = accumulated
+        output_gradient, carry, a, r, mask = inputs
+
+        def one(carry, a, r, parameters):
+            new = _masked(step, mask, carry, a, r, parameters)
+            return new, _output(hidden, new, mask)
+
+        _, pull_back = jax.vjp(one, carry, a, r, parameters)
+        carry_gradient, a_gradient, r_gradient, own = pull_back((carry_gradient, output_gradient))
+        _, pull_back = jax.vjp(hidden, carry)
+        through_kernel = pull_back(r_gradient @ kernel.T)[0]
+        carry_gradient = jax.tree.map(jnp.add, carry_gradient, through_kernel)
+        return (carry_gradient, jax.tree.map(jnp.add, parameter_gradient, own)), (a_gradient, r_gradient)
+
+    start = last, jax.tree.map(jnp.zeros_like, parameters)
+    (carry_gradient, parameter_gradient), (a_gradient, r_gradient) = lax.scan(
+        body, start, (outputs, before, a, r, mask), reverse=True
+    )
+    kernel_gradient = jnp.einsum("tbn,tbk->nk", states, r_gradient)
+    return kernel_gradient, parameter_gradient, carry_gradient, a_gradient, None
+
+
+_loop.defvjp(_forward, _backward)
