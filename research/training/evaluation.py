@@ -17,7 +17,8 @@ _BATCH = 256
 class Evaluator:
     """Means of a task's metrics over a range of examples, by one program compiled ahead of time.
 
-    The last batch is padded and the padding masked; that each example counted once is asserted.
+    The last batch is padded and the padding masked; that each example counted once is asserted. A task that averages
+    over something else than examples, such as frames, sums their number as `weight`.
     """
 
     def __init__(self, evaluate: Callable, mesh: Mesh, variables: Any, data: Data):
@@ -41,4 +42,5 @@ class Evaluator:
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in part.items()}
         count = sums.pop("count")
         assert count == last - first, f"{count} examples were evaluated, not {last - first}"
-        return {name: value / count for name, value in sums.items()}
+        weight = sums.pop("weight", count)  # of what the means are, where that is not examples
+        return {name: value / weight for name, value in sums.items()}

@@ -216,8 +216,10 @@ def train(
         if at % plan.evaluate_every == 0 or at == plan.steps:
             held_out = evaluate("validation", "test")
             folder.metrics.append({"step": at, **{f"{s}_{m}": v for s, ms in held_out.items() for m, v in ms.items()}})
-            if evaluated is None or held_out["validation"]["error"] < evaluated["error"]:
-                evaluated = {"step": at, "error": held_out["validation"]["error"]}
+            found = held_out["validation"]
+            score = "error" if "error" in found else "loss"
+            if evaluated is None or found[score] < evaluated[score]:
+                evaluated = {"step": at, score: found[score]}
                 checkpoint.save_best(folder.checkpoints, at, state.flatten(current), evaluated)
             saved = save()
         elif time.monotonic() - saved >= _CHECKPOINT_SECONDS:

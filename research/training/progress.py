@@ -54,11 +54,13 @@ class Reporter:
         remaining = self._seconds / taken * (self._steps - step) if taken else 0.0
         rate, left = f"{examples_per_second:,.0f}", _clock(remaining)
         # Short, so that label, bar and status fit 80 columns.
-        short = f"loss {metrics['loss']:.3g} {metrics['error']:.1%} {rate}/s {left} left"
+        error = f"{metrics['error']:.1%} " if "error" in metrics else ""  # not every task has one
+        short = f"loss {metrics['loss']:.3g} {error}{rate}/s {left} left"
         self._bar.update(self._task, completed=step, status=short)
         if not self._live and (time.monotonic() - self._last_line >= _LINE_EVERY or step == self._steps):
             self._last_line = time.monotonic()
-            long = f"loss {metrics['loss']:.3g}  error {metrics['error']:.1%}  {rate} examples/s  {left} left"
+            error = f"error {metrics['error']:.1%}  " if "error" in metrics else ""
+            long = f"loss {metrics['loss']:.3g}  {error}{rate} examples/s  {left} left"
             self.note(f"{self._label}  step {step}/{self._steps}  {long}")
 
 

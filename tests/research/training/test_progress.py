@@ -42,6 +42,14 @@ def test_a_file_gets_plain_lines_and_no_escape_codes():
     assert "\x1b" not in note + last and "\r" not in note + last
 
 
+def test_a_task_without_an_error_shows_its_loss():
+    def run(reporter):
+        reporter.start("net", 2, 0)
+        reporter.update(2, {"loss": 0.1667}, 1.0, 10.0)
+
+    assert lines(run) == ["net  step 2/2  loss 0.167  10 examples/s  0:00 left"]
+
+
 def test_a_line_at_most_every_ten_seconds_and_one_at_the_end(clock):
     def run(reporter):
         reporter.start("net", 100, 0)
