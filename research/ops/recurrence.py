@@ -34,6 +34,7 @@ def recur(
     reverse: bool = False,
     kernel_inside: bool = False,
     segment: int | None = None,
+    nudge: jax.Array | None = None,
 ) -> tuple[Carry, jax.Array]:
     """Runs a cell over time.
 
@@ -54,6 +55,8 @@ def recur(
       segment: steps of a segment. Where it is given, only the carry before each segment is kept for the backward pass
         and segments are run again there: at segment = sqrt(time) memory grows with the square root of time (Chen et al.
         2016), for one more forward pass.
+      nudge: `[time, batch, n]`, added to the hidden state after each step. At zero it changes nothing, and the gradient
+        there is dL/dh_t, through everything that comes after t.
 
     Returns:
       The last carry, and the outputs `[time, batch, n]`.
@@ -64,6 +67,8 @@ def recur(
         mask = jnp.ones((time, 1), bool)
     else:
         chex.assert_shape(mask, (time, batch))
+    if nudge is not None:
+        a, step = jnp.concatenate([a, nudge], axis=-1), _nudged(step, hidden, kernel.shape[0])
     if reverse:
         a, mask = a[::-1], mask[::-1]
     loop = functools.partial(_loop_inside if kernel_inside else _loop, step, hidden)
@@ -72,6 +77,17 @@ def recur(
     else:
         carry, outputs = _in_segments(loop, segment, kernel, parameters, carry, a, mask)
     return carry, outputs[::-1] if reverse else outputs
+
+
+def _nudged(step, hidden, n):
+    """The step with `a`'s last n numbers added to the hidden state behind it."""
+
+    def nudged(carry, a, *rest):
+        new = step(carry, a[:, :-n], *rest)
+        (added,) = jax.linear_transpose(hidden, new)(a[:, -n:])
+        return jax.tree.map(jnp.add, new, added)
+
+    return nudged
 
 
 def _in_segments(loop, segment, kernel, parameters, carry, a, mask):

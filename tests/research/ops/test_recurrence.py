@@ -123,6 +123,37 @@ def test_a_masked_batch_equals_its_sequences_one_by_one(name):
             assert_equal(jax.tree.map(lambda x, n=n: x[n : n + 1], last), end, 1e-12)
 
 
+@each
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"segment": 4}], ids=["whole", "reverse", "segments"])
+def test_a_nudge_is_added_to_the_state_and_its_gradient_is_that_of_the_state(name, options):
+    kernel, own, carry, a = arguments(name)
+    random = np.random.default_rng(5)
+    nudge = 0.1 * random.standard_normal((TIME, BATCH, N))
+    weight = random.standard_normal((BATCH, N))
+
+    def loss(nudge):
+        last, outputs = scanned(name, kernel, own, carry, a, nudge=nudge, **options)
+        return (hidden(last) * weight).sum(), outputs
+
+    def by_hand(nudge):
+        step, _, _, inside = CELLS[name]
+        state, outputs = carry, [None] * TIME
+        for t in range(TIME)[:: -1 if "reverse" in options else 1]:
+            state = step(state, a[t], kernel if inside else hidden(state) @ kernel, own)
+            h = hidden(state) + nudge[t]
+            state = state._replace(h=h) if name == "lstm" else h
+            outputs[t] = h
+        return (hidden(state) * weight).sum(), jnp.stack(outputs)
+
+    with jax.enable_x64(True):
+        for given in (nudge, np.zeros_like(nudge)):
+            one, two = (jax.jit(jax.value_and_grad(f, has_aux=True))(given) for f in (loss, by_hand))
+            assert_equal(one, two)
+        np.testing.assert_array_equal(loss(np.zeros_like(nudge))[1], scanned(name, kernel, own, carry, a, **options)[1])
+    last = 0 if "reverse" in options else -1
+    np.testing.assert_allclose(one[1][last], weight, rtol=1e-12)  # dL/dh_T itself
+
+
 def test_a_carried_state_continues_a_sequence():
     kernel, own, carry, a = arguments("lstm")
     with jax.enable_x64(True):
