@@ -126,13 +126,16 @@ class Recurrent(nn.Module):
     segment: int | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, carry: Any = None, mask: jax.Array | None = None) -> tuple[Any, jax.Array]:
+    def __call__(
+        self, x: jax.Array, carry: Any = None, mask: jax.Array | None = None, nudge: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
         """The last carry, and outputs `[batch, time, n]` of x `[batch, time, features]`.
 
         Args:
           x: the sequence.
           carry: before the first step; zeros when None.
           mask: `[batch, time]` bool, False where a sequence has ended: zero output there, the carry stays.
+          nudge: `[batch, time, n]`, added to the hidden states; its gradient is that at the states.
         """
         n, gates = self.features, self.cell.gates
         width = gates * n
@@ -155,6 +158,7 @@ class Recurrent(nn.Module):
             reverse=self.reverse,
             kernel_inside=self.cell.kernel_inside,
             segment=self.segment,
+            nudge=None if nudge is None else jnp.swapaxes(nudge, 0, 1),
         )
         return carry, jnp.swapaxes(outputs, 0, 1)
 
