@@ -1,9 +1,12 @@
 """Equal units in a row as one compiled body, with or without keeping what is inside them for the backward pass."""
 
+import functools
+
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+
+from research.ops.segments import scan_in_segments
 
 
 def scanned(unit: type[nn.Module], length: int) -> type[nn.Module]:
@@ -21,8 +24,7 @@ def rematerialised(parent: nn.Module, name: str, unit: nn.Module, x: jax.Array, 
 
     With n units in segments of about sqrt(n) / 2, the backward pass holds the inputs of n / segment segments and the
     inside of one: activation memory grows with the square root of depth, for one more forward pass. (Half of sqrt(n),
-    since the inside of a unit weighs a few times its input.) Source: Chen et al. 2016, "Training Deep Nets with
-    Sublinear Memory Cost", section 4.
+    since the inside of a unit weighs a few times its input.)
 
     Args:
       parent: the module that holds the variables, being applied, not initialised. Its units' probes are off.
@@ -40,21 +42,8 @@ def rematerialised(parent: nn.Module, name: str, unit: nn.Module, x: jax.Array, 
         (y, _), updated = unit.apply({"params": params, "batch_stats": statistics}, x, key, mutable=mutable)
         return y, updated.get("batch_stats", {})
 
-    @jax.checkpoint
-    def segment(x, leaves):
-        return lax.scan(one, x, leaves)
-
-    length = jax.tree.leaves(params)[0].shape[0]
-    size = segment_length(length)
-    whole = length - length % size
-    leaves = (params, statistics, keys)
-    x, updated = lax.scan(
-        segment, x, jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, size, *leaf.shape[1:]), leaves)
-    )
-    updated = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), updated)
-    if whole < length:
-        x, rest = segment(x, jax.tree.map(lambda leaf: leaf[whole:], leaves))
-        updated = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), updated, rest)
+    size = segment_length(jax.tree.leaves(params)[0].shape[0])
+    x, updated = scan_in_segments(functools.partial(lax.scan, one), x, (params, statistics, keys), size=size)
     if mutable:
         parent.put_variable("batch_stats", name, updated)
     return x

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from research.ops.segments import scan_in_segments
+
 Carry = Any
 
 
@@ -75,7 +77,9 @@ def recur(
     if segment is None or segment >= time:
         carry, outputs = loop(kernel, parameters, carry, a, mask)
     else:
-        carry, outputs = _in_segments(loop, segment, kernel, parameters, carry, a, mask)
+        carry, outputs = scan_in_segments(
+            lambda carry, inputs: loop(kernel, parameters, carry, *inputs), carry, (a, mask), size=segment
+        )
     return carry, outputs[::-1] if reverse else outputs
 
 
@@ -88,21 +92,6 @@ def _nudged(step, hidden, n):
         return jax.tree.map(jnp.add, new, added)
 
     return nudged
-
-
-def _in_segments(loop, segment, kernel, parameters, carry, a, mask):
-    @jax.checkpoint
-    def run(carry, inputs):
-        return loop(kernel, parameters, carry, *inputs)
-
-    whole = a.shape[0] - a.shape[0] % segment
-    cut = [x[:whole].reshape(-1, segment, *x.shape[1:]) for x in (a, mask)]
-    carry, outputs = lax.scan(run, carry, cut)
-    outputs = outputs.reshape(whole, *outputs.shape[2:])
-    if whole < a.shape[0]:
-        carry, rest = run(carry, (a[whole:], mask[whole:]))
-        outputs = jnp.concatenate([outputs, rest])
-    return carry, outputs
 
 
 def _masked(step, mask, carry, *arguments):

@@ -1,8 +1,6 @@
 """Image classification: one label an image, softmax cross-entropy; error is the share of wrong labels."""
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -11,26 +9,10 @@ import numpy as np
 import optax
 
 from research.ops import augmentation
+from research.tasks.task import Apply, Task
 
-Variables = Any
-# apply(variables, images, train=..., key=...) -> (logits, new variables other than the parameters)
-Apply = Callable[..., tuple[jax.Array, Variables]]
 # prepare(images as they are stored, mean) -> images as the network sees them
 Prepare = Callable[[jax.Array, np.ndarray], jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """The two questions the trainer asks of a model. Both are pure functions.
-
-    Attributes:
-      loss: `(variables, batch, keys, key) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example,
-        and the step's key are the same whatever the number of devices.
-      evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1.
-    """
-
-    loss: Callable
-    evaluate: Callable
 
 
 def prepare(images: jax.Array, mean: np.ndarray) -> jax.Array:
@@ -40,7 +22,7 @@ def prepare(images: jax.Array, mean: np.ndarray) -> jax.Array:
 
 def classification(
     apply: Apply, *, mean: np.ndarray, crop: int = 0, flip: bool = False, prepare: Prepare = prepare
-) -> Classification:
+) -> Task:
     """Builds the task for a model and one way of preparing images.
 
         x = prepare(image, mean)        loss = mean_n -log softmax(f(x_n))[label_n]
@@ -68,20 +50,21 @@ def classification(
         if crop or flip:
             images = jax.vmap(augment)(images, keys)
         logits, collections = apply(variables, images, train=True, key=key)
-        losses, errors = _losses_and_errors(logits, batch["labels"])
+        losses, errors = losses_and_errors(logits, batch["labels"])
         value = losses.mean()
         return value, (collections, {"loss": value, "error": errors.mean()})
 
     def evaluate(variables, batch):
         logits, _ = apply(variables, prepare(batch["images"], mean), train=False)
-        losses, errors = _losses_and_errors(logits, batch["labels"])
+        losses, errors = losses_and_errors(logits, batch["labels"])
         mask = batch["mask"]
         return {"loss": (losses * mask).sum(), "error": (errors * mask).sum(), "count": mask.sum()}
 
-    return Classification(loss=loss, evaluate=evaluate)
+    return Task(loss=loss, evaluate=evaluate)
 
 
-def _losses_and_errors(logits, labels):
+def losses_and_errors(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy, and 1 where the label is wrong: `[n]` each, of logits `[n, classes]` and labels `[n]`."""
     chex.assert_rank([logits, labels], [2, 1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses, (logits.argmax(-1) != labels).astype(jnp.float32)

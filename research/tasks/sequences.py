@@ -4,9 +4,7 @@ Each is a loss and an evaluation, pure functions as in `research.tasks.classific
 is the model, batches are dictionaries, and evaluation sums over the examples whose `mask` is 1.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import chex
 import jax
@@ -14,18 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-Apply = Callable[..., tuple[jax.Array, Any]]
+from research.tasks.classification import losses_and_errors
+from research.tasks.task import Apply, Task
 
 
-@dataclasses.dataclass(frozen=True)
-class SequenceTask:
-    """The two questions the trainer asks of a model; see `research.tasks.classification.Classification`."""
-
-    loss: Callable
-    evaluate: Callable
-
-
-def _task(apply: Apply, inputs: Callable, measures: Callable) -> SequenceTask:
+def _task(apply: Apply, inputs: Callable, measures: Callable) -> Task:
     """A task from what the network reads of a batch, and from each example's metrics `name -> [batch]`."""
 
     def loss(variables, batch, keys, key=None):
@@ -39,10 +30,10 @@ def _task(apply: Apply, inputs: Callable, measures: Callable) -> SequenceTask:
         sums = {name: (values * mask).sum() for name, values in measures(outputs, batch).items()}
         return sums | {"count": mask.sum()}
 
-    return SequenceTask(loss, evaluate)
+    return Task(loss, evaluate)
 
 
-def regression(apply: Apply) -> SequenceTask:
+def regression(apply: Apply) -> Task:
     """One number a sequence, such as the adding problem: mean squared error.
 
         loss = mean_n (f(x_n) - y_n)^2
@@ -57,7 +48,7 @@ def regression(apply: Apply) -> SequenceTask:
     return _task(apply, lambda batch: batch["inputs"], measures)
 
 
-def pixel_classification(apply: Apply, *, permutation: np.ndarray | None = None) -> SequenceTask:
+def pixel_classification(apply: Apply, *, permutation: np.ndarray | None = None) -> Task:
     """Images read pixel by pixel, row after row, one class each: softmax cross-entropy and the share of wrong classes.
 
         x_t = pixel_{p(t)} / 255        loss = mean_n -log softmax(f(x_n))[label_n]
@@ -77,13 +68,12 @@ def pixel_classification(apply: Apply, *, permutation: np.ndarray | None = None)
         return pixels if permutation is None else pixels[:, permutation]
 
     def measures(logits, batch):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-        return {"loss": losses, "error": (logits.argmax(-1) != batch["labels"]).astype(jnp.float32)}
+        return dict(zip(("loss", "error"), losses_and_errors(logits, batch["labels"]), strict=True))
 
     return _task(apply, inputs, measures)
 
 
-def symbols(apply: Apply, *, classes: int) -> SequenceTask:
+def symbols(apply: Apply, *, classes: int) -> Task:
     """A symbol for every step, such as copy memory: cross-entropy a step, and the share of wrong symbols.
 
     A batch has `inputs` and `targets` `[batch, time]`, whole numbers below `classes`; the model reads them one-hot,
@@ -91,14 +81,13 @@ def symbols(apply: Apply, *, classes: int) -> SequenceTask:
     """
 
     def measures(logits, batch):
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        wrong = (logits.argmax(-1) != batch["targets"]).astype(jnp.float32)
-        return {"loss": losses.mean(axis=1), "error": wrong.mean(axis=1)}
+        losses, errors = jax.vmap(losses_and_errors)(logits, batch["targets"])
+        return {"loss": losses.mean(axis=1), "error": errors.mean(axis=1)}
 
     return _task(apply, lambda batch: jax.nn.one_hot(batch["inputs"], classes), measures)
 
 
-def next_frame(apply: Apply) -> SequenceTask:
+def next_frame(apply: Apply) -> Task:
     """Polyphonic music: each frame's notes from the frames before, as independent yes-or-no questions.
 
         NLL_t = -sum_notes [y log p + (1 - y) log(1 - p)]        y = frame_{t+1}, p = sigmoid(f(frame_1 ... frame_t))
@@ -133,4 +122,4 @@ def next_frame(apply: Apply) -> SequenceTask:
         mask = batch["mask"]
         return {"loss": (sums * mask).sum(), "weight": (counts * mask).sum(), "count": mask.sum()}
 
-    return SequenceTask(loss, evaluate)
+    return Task(loss, evaluate)

@@ -1,0 +1,25 @@
+"""What the trainer asks of a model."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# apply(variables, inputs, train=..., key=...) -> (outputs, new variables other than the parameters)
+Apply = Callable[..., tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Two questions, both pure functions.
+
+    Attributes:
+      loss: `(variables, batch, keys, key) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example,
+        and the step's key are the same whatever the number of devices.
+      evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1, their
+        `count`, and where means are over something else than examples its sum as `weight`.
+    """
+
+    loss: Callable
+    evaluate: Callable
