@@ -26,10 +26,12 @@ def report(workdir: Path, names: list[str]) -> None:
     runs = results.read_runs(workdir / "runs" / name for name in names)
     networks = results.group(runs, lambda run: (run.config["block"], run.config["depth"], run.config["width"]))
     tables.write_csv(workdir / "summary.csv", [summary_row(run, ("block", "depth")) for run in runs])
-    missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
     dataset = runs[0].config["dataset"]
     print(
-        tables.render(f"\n{dataset}: errors after the last step{missing}", [_row(*item) for item in networks.items()])
+        tables.render(
+            f"\n{dataset}: errors after the last step{results.unfinished(names, runs)}",
+            [_row(*item) for item in networks.items()],
+        )
     )
     if beside := [_beside_paper(*item) for item in networks.items() if _is_papers(*item)]:
         print(tables.render("\nthe paper | here (CIFAR-10, width 16)", beside))
@@ -82,15 +84,11 @@ def _row(network: tuple[str, int, int], runs: Sequence[Run]) -> dict[str, Any]:
         "layers": str(depth),
         "width": str(width),
         "parameters": runs[0].result.get("params", "-"),
-        **{f"{s} error": _error(runs, f"{s}_error") for s in ("train", "validation", "test")},
+        **{f"{s} error": results.percent(runs, f"{s}_error") for s in ("train", "validation", "test")},
         "steps": runs[0].config["steps"],
         "seconds": f"{sum(sum(run.result.get('seconds', {}).values()) for run in runs):.1f}",
         "examples/s": "-" if math.isnan(speed) else f"{speed:,.0f}",
     }
-
-
-def _error(runs: Sequence[Run], name: str) -> str:
-    return spread(run.result.get(name) for run in runs).percent()
 
 
 def _is_papers(network: tuple[str, int, int], runs: Sequence[Run]) -> bool:
@@ -107,7 +105,7 @@ def _beside_paper(network: tuple[str, int, int], runs: Sequence[Run]) -> Mapping
         "parameters: paper": params,
         "here": runs[0].result.get("params", "-"),
         "test error: paper": f"{error}%" if block == "residual" else "curves only",
-        "here ": _error(runs, "test_error"),
+        "here ": results.percent(runs, "test_error"),
         "steps: paper": 64_000,
         "here  ": runs[0].config["steps"],
     }

@@ -161,8 +161,7 @@ def report(workdir: Path, names: list[str]) -> None:
     starts = results.group(runs, lambda run: f"from {run.config['start']}")
     config = runs[0].config
     setting = f"ResNet-{config['depth']}, {config['dataset']} at {config['image_size']}x{config['image_size']}"
-    missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
-    title = f"\n{setting}: errors after {config['steps']} steps{missing}"
+    title = f"\n{setting}: errors after {config['steps']} steps{results.unfinished(names, runs)}"
     print(tables.render(title, [{"start": start} | _row(same) for start, same in starts.items()]))
     drawn = {
         "error_curves": figures.error_curves(starts, lambda run: run.config["depth"], "layers"),
@@ -174,13 +173,12 @@ def report(workdir: Path, names: list[str]) -> None:
 
 
 def _row(runs: Sequence[Any]) -> dict[str, Any]:
-    from research.analysis.results import spread
+    from research.analysis import results
 
-    errors = {split: [run.result.get(f"{split}_error") for run in runs] for split in ("train", "validation", "test")}
     return {
         "weights": (runs[0].config["weights_sha256"] or "-")[:12],
         "parameters": runs[0].result.get("params", "-"),
-        **{f"{split} error": spread(values).percent() for split, values in errors.items()},
+        **{f"{s} error": results.percent(runs, f"{s}_error") for s in ("train", "validation", "test")},
         "seconds": f"{sum(sum(run.result.get('seconds', {}).values()) for run in runs):.1f}",
     }
 

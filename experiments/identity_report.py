@@ -14,13 +14,12 @@ def report(workdir: Path, names: list[str]) -> None:
     """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
     runs = results.read_runs(workdir / "runs" / name for name in names)
     tables.write_csv(workdir / "summary.csv", [summary_row(run, ("variant", "unit", "depth")) for run in runs])
-    missing = f" ({len(names) - len(runs)} of {len(names)} cells are not finished)" if len(runs) < len(names) else ""
     written = []
     made_from = figures.provenance(runs)
     for network, same in results.group(runs, _network).items():
         variants = results.group(same, lambda run: run.config["variant"])
         reference = paper_network(network, variants)
-        title = f"\n{network}, {same[0].config['dataset']}: paper | here{missing}"
+        title = f"\n{network}, {same[0].config['dataset']}: paper | here{results.unfinished(names, runs)}"
         print(tables.render(title, [_row(reference, *item) for item in variants.items()]))
         for name, figure in _figures(network, reference, variants).items():
             written += figures.save(figure, workdir / "figures" / f"{name}_{network}", made_from)
@@ -57,16 +56,12 @@ def _row(reference: str, variant: str, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "unit": VARIANTS[variant].label,
         f"paper: {reference}, test error": paper_error(variant, reference),
-        "here: test error": _percent(runs, "test_error"),
-        "training error": _percent(runs, "train_error"),
+        "here: test error": results.percent(runs, "test_error"),
+        "training error": results.percent(runs, "train_error"),
         "training loss": _number(runs, "train_loss"),
         "parameters": runs[0].result.get("params", "-"),
         "diverged": f"{diverged} of {len(runs)}" if diverged else "",
     }
-
-
-def _percent(runs: Sequence[Run], name: str) -> str:
-    return spread(run.result.get(name) for run in runs).percent()
 
 
 def _number(runs: Sequence[Run], name: str) -> str:

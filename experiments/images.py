@@ -76,6 +76,20 @@ class ImageCell:
     devices: int | None = option(None, "", identity=False)
 
 
+def check_batch_size(config: Any) -> int:
+    """The training images of the config's data set, where a batch is not larger.
+
+    Raises:
+      UsageError: it is.
+    """
+    examples = TRAIN_EXAMPLES[config.dataset]
+    if config.batch_size > examples:
+        raise UsageError(
+            f"--batch_size={config.batch_size}: {config.dataset} has {examples} training images, give fewer"
+        )
+    return examples
+
+
 def recipe(config: ImageConfig, defaults: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     """The fields of `ImageCell` but for the seed.
 
@@ -88,9 +102,7 @@ def recipe(config: ImageConfig, defaults: Mapping[str, Mapping[str, int]]) -> di
     """
     if not (math.isfinite(config.learning_rate) and config.learning_rate > 0):
         raise UsageError(f"--learning_rate={config.learning_rate}: give a positive number")
-    examples, size = TRAIN_EXAMPLES[config.dataset], config.batch_size
-    if size > examples:
-        raise UsageError(f"--batch_size={size}: {config.dataset} has {examples} training images, give fewer")
+    size, examples = config.batch_size, check_batch_size(config)
     if config.devices and size % config.devices:
         raise UsageError(f"--batch_size={size} does not divide by {config.devices} devices: give a multiple of that")
     steps, stretch = config.steps, config.steps_per_call
@@ -117,6 +129,11 @@ def load(dataset: str, data_dir: str | None) -> Any:
     from research.data import images
 
     return images.load(dataset, data_dir)
+
+
+def mean_image(data: Any) -> Any:
+    """The per-pixel mean of the training images, float32."""
+    return data.train.images.mean(axis=0, dtype="float64").astype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +183,7 @@ def train(
         checksums={**data.checksums, **(checksums or {})},
     )
     prepare = prepare or classification.prepare
-    mean = data.train.images.mean(axis=0, dtype=np.float64).astype(np.float32)
+    mean = mean_image(data)
     crop, flip = (4 if "crop" in cell.augmentation else 0), "flip" in cell.augmentation
     schedule = optimizers.step_decay(
         cell.learning_rate, drops=(cell.steps // 2, cell.steps * 3 // 4), warmup_steps=cell.warmup_steps

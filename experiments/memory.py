@@ -5,7 +5,7 @@ al. 2016) with the square root of depth, for one more forward pass. The trainer'
 and XLA's buffer assignment says how much memory its temporaries take; nothing is run unless `--execute` asks for steps
 on random images, which measures the time of a step and the process's peak resident memory as well.
 
-By default: pre-activation bottleneck networks of 164 to 1,001 layers (He et al. 2016), batch 64, in about two minutes.
+By default: pre-activation bottleneck networks of 56 to 1,001 layers (He et al. 2016), batch 64, in about a minute.
 """
 
 import dataclasses

@@ -18,8 +18,6 @@ from experiments import images
 from experiments.identity_mappings import network_of, parse_network
 from experiments.identity_tables import VARIANTS
 from experiments.runner import Experiment, main, option
-from research.data.images import TRAIN_EXAMPLES
-from research.errors import UsageError
 
 _STATISTICS = ("gradient_norm", "shortcut_gradient_norm", "jacobian_gain", "shortcut_jacobian_gain", "forward_residue")
 
@@ -72,10 +70,7 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """The grid: variants x seeds."""
     unit, depth = parse_network(config.network)
-    if config.batch_size > (examples := TRAIN_EXAMPLES[config.dataset]):
-        raise UsageError(
-            f"--batch_size={config.batch_size}: {config.dataset} has {examples} training images, give fewer"
-        )
+    images.check_batch_size(config)
     same = {name: getattr(config, name) for name in ("dataset", "width", "batch_size", "data_dir")}
     grid = [
         Cell(**same, variant=variant, unit=unit, depth=depth, seed=seed)
@@ -90,7 +85,6 @@ def cells(config: Config) -> list[Cell]:
 def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     """Initialises one network and measures one pass."""
     import jax
-    import numpy as np
 
     from research.analysis.identities import identities
     from research.tasks import classification
@@ -98,8 +92,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
 
     data = images.load(cell.dataset, cell.data_dir)
     environment.record(context.folder.path, context.command, data.checksums, context.reporter.note)
-    mean = data.train.images.mean(axis=0, dtype=np.float64).astype(np.float32)
-    batch = classification.prepare(data.train.images[: cell.batch_size], mean)
+    batch = classification.prepare(data.train.images[: cell.batch_size], images.mean_image(data))
     labels = data.train.labels[: cell.batch_size]
     model = network_of(cell, num_classes=data.num_classes)
     initial = state.initialize(model, optimizers.sgd(lambda step: 0.0), cell.seed, batch.shape)

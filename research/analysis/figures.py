@@ -57,7 +57,7 @@ def legend_below(figure: Figure, axis: Axes) -> None:
     """One legend for all panels, under them, where it hides no curve; entries are those of `axis`."""
     handles, labels = axis.get_legend_handles_labels()
     widest = 0.55 + 0.055 * max(map(len, labels), default=0)  # inches of an entry, handle and space included
-    fitting = max(1, int(figure.get_figwidth() / widest))
+    fitting = int(figure.get_figwidth() / widest)
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(len(labels), 6, fitting)))
 
 
@@ -191,9 +191,10 @@ def ranked(
                 axis.errorbar(100 * value.mean, row, xerr=bar, fmt="D", markersize=5, capsize=3, color=COLOURS[0])
             if value.n < len(values):
                 _annotate_right(axis, row, f"{len(values) - value.n} of {len(values)} diverged")
-        if first := spread(found[0]).n:
-            axis.axvline(100 * spread(found[0]).mean, color="0.4", linestyle=_DASHED, linewidth=0.8)
-        axis.set(title=heading, xlabel="error (%)", xlim=(0, None) if first else None)
+        first = spread(found[0])
+        if first.n:
+            axis.axvline(100 * first.mean, color="0.4", linestyle=_DASHED, linewidth=0.8)
+        axis.set(title=heading, xlabel="error (%)", xlim=(0, None) if first.n else None)
     heading, values = paper
     for row, value in enumerate(values):
         if value is None:

@@ -91,6 +91,17 @@ class Spread:
         return f"{self.mean:.2%}" if self.n == 1 else f"{self.mean:.2%} ± {100 * self.std:.2f} (n={self.n})"
 
 
+def percent(runs: Iterable[Run], name: str) -> str:
+    """Mean and spread of a result that is an error rate, as text."""
+    return spread(run.result.get(name) for run in runs).percent()
+
+
+def unfinished(names: Sequence[str], runs: Sequence[Run]) -> str:
+    """What a table's title says of cells that were asked for and are not finished: nothing where all are."""
+    missing = len(names) - len(runs)
+    return f" ({missing} of {len(names)} cells are not finished)" if missing else ""
+
+
 def spread(values: Iterable[float | None]) -> Spread:
     """Mean and spread of the values that are there (a diverged run has none)."""
     found = [value for value in values if value is not None]
