@@ -45,8 +45,11 @@ def classification(
             image = augmentation.random_flip(image, flip_key)
         return image
 
+    def inputs(batch):
+        return prepare(batch["images"], mean)
+
     def loss(variables, batch, keys, key=None):
-        images = prepare(batch["images"], mean)
+        images = inputs(batch)
         if crop or flip:
             images = jax.vmap(augment)(images, keys)
         logits, collections = apply(variables, images, train=True, key=key)
@@ -55,12 +58,12 @@ def classification(
         return value, (collections, {"loss": value, "error": errors.mean()})
 
     def evaluate(variables, batch):
-        logits, _ = apply(variables, prepare(batch["images"], mean), train=False)
+        logits, _ = apply(variables, inputs(batch), train=False)
         losses, errors = losses_and_errors(logits, batch["labels"])
         mask = batch["mask"]
         return {"loss": (losses * mask).sum(), "error": (errors * mask).sum(), "count": mask.sum()}
 
-    return Task(loss=loss, evaluate=evaluate)
+    return Task(loss, evaluate, inputs)
 
 
 def losses_and_errors(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,7 +30,7 @@ def _task(apply: Apply, inputs: Callable, measures: Callable) -> Task:
         sums = {name: (values * mask).sum() for name, values in measures(outputs, batch).items()}
         return sums | {"count": mask.sum()}
 
-    return Task(loss, evaluate)
+    return Task(loss, evaluate, inputs)
 
 
 def regression(apply: Apply) -> Task:
@@ -122,4 +122,4 @@ def next_frame(apply: Apply) -> Task:
         mask = batch["mask"]
         return {"loss": (sums * mask).sum(), "weight": (counts * mask).sum(), "count": mask.sum()}
 
-    return Task(loss, evaluate)
+    return Task(loss, evaluate, frames)

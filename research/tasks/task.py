@@ -12,14 +12,19 @@ Apply = Callable[..., tuple[jax.Array, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Two questions, both pure functions.
+    """What a model reads, and two questions; all pure functions.
 
     Attributes:
       loss: `(variables, batch, keys, key) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example,
         and the step's key are the same whatever the number of devices.
       evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1, their
         `count`, and where means are over something else than examples its sum as `weight`.
+      inputs: `batch -> what the model reads`: an array, or a dictionary of the model's named arguments.
+      carries: a batch goes on where the batch before it stopped, training in order as well; `evaluate` gives
+        `(sums, new collections)`, which the evaluation of the next batch is handed.
     """
 
     loss: Callable
     evaluate: Callable
+    inputs: Callable
+    carries: bool = False
