@@ -73,40 +73,40 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
     return Corpus(vocabulary, *parts, {source.name: files.sha256(source.read_bytes()) for source in sources})
 
 
-def continuous(tokens: np.ndarray, batch: int) -> np.ndarray:
-    """The text as `batch` streams side by side, for truncated backpropagation with a carried state.
+def windows(tokens: np.ndarray, *, streams: int, time: int) -> dict[str, np.ndarray]:
+    """The text as windows of parallel streams, for truncated backpropagation with a carried state.
+
+    The text is cut into `streams` equal streams, so that every token but the first is predicted exactly once, and each
+    stream into windows. Example w streams + s is window w of stream s: a batch of `streams` examples goes on where the
+    batch before it stopped. Every stream but the first begins without the state of the one before it.
 
     Args:
       tokens: `[tokens]`.
-      batch: streams; the text is cut into that many equal parts, and at most batch - 1 last tokens are left out.
+      streams: how many; the last ones are shorter, or empty, where they do not divide the text.
+      time: tokens of a window; where it does not divide a stream, the last window is padded.
 
     Returns:
-      `[batch, tokens // batch]`: row n goes on where it stops, from one window to the next.
+      `inputs` and `targets` `[examples, time]`, int32, the token at a place and the one behind it; `valid`
+      `[examples, time]`, False in the padding; `first` `[examples]`, True where a stream begins.
 
     Raises:
-      CarouselError: there are fewer than two tokens a stream.
-    """
-    length = len(tokens) // batch
-    if length < 2:
-        raise CarouselError(
-            f"{len(tokens)} tokens do not make {batch} streams of at least 2: give a smaller batch size"
-        )
-    return tokens[: batch * length].reshape(batch, length)
-
-
-def evaluation_streams(tokens: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The text as streams in which every token but the first is predicted exactly once.
-
-    Returns:
-      `(inputs, targets, mask)`, each `[batch, ceil((tokens - 1) / batch)]`; the mask is False where the last stream is
-      padded. Every stream but the first begins without the state of the one before it.
+      CarouselError: there is less than one token to predict a stream.
     """
     predicted = len(tokens) - 1
-    length = -(-predicted // batch)
-    places = np.arange(batch * length).reshape(batch, length)
-    mask = places < predicted
+    if predicted < streams:
+        raise CarouselError(
+            f"{len(tokens)} tokens do not make {streams} streams of at least one prediction: give a smaller batch size"
+        )
+    length = -(-predicted // streams)
+    number = -(-length // time)
+    window, stream, step = np.ix_(np.arange(number), np.arange(streams), np.arange(time))
+    within = window * time + step
+    places = stream * length + within
+    valid = (within < length) & (places < predicted)
     places = np.minimum(places, predicted - 1)
-    return tokens[places], tokens[places + 1], mask
+    arrays = {"inputs": tokens[places].astype(np.int32), "targets": tokens[places + 1].astype(np.int32), "valid": valid}
+    arrays = {name: array.reshape(-1, time) for name, array in arrays.items()}
+    return arrays | {"first": np.arange(number * streams) < streams}
 
 
 def _part(folder: pathlib.Path, part: str) -> pathlib.Path:

@@ -49,20 +49,45 @@ def test_characters_of_one_file(tmp_path):
     assert corpus.text(whole) == path.read_text()
 
 
-def test_streams_go_on_from_window_to_window():
-    streams = text.continuous(np.arange(23), 3)
-    np.testing.assert_array_equal(streams, np.arange(21).reshape(3, 7))
-    with pytest.raises(CarouselError, match="5 tokens do not make 3 streams") as caught:
-        text.continuous(np.arange(5), 3)
+def test_windows_of_two_streams_by_hand():
+    # Ten tokens, nine to predict: streams 0 1 2 3 4 | 5 6 7 8, windows of three.
+    found = text.windows(np.arange(10, 20), streams=2, time=3)
+    np.testing.assert_array_equal(found["valid"], [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0]])
+    valid = found["valid"]
+    np.testing.assert_array_equal(found["inputs"][:2], [[10, 11, 12], [15, 16, 17]])
+    np.testing.assert_array_equal(found["targets"][:2], [[11, 12, 13], [16, 17, 18]])
+    assert found["inputs"][2:][valid[2:]].tolist() == [13, 14, 18]
+    assert found["targets"][2:][valid[2:]].tolist() == [14, 15, 19]
+    assert found["first"].tolist() == [True, True, False, False]
+    assert {name: array.dtype.name for name, array in found.items()} == {
+        "inputs": "int32",
+        "targets": "int32",
+        "valid": "bool",
+        "first": "bool",
+    }
+
+
+@pytest.mark.parametrize(
+    ("tokens", "streams", "time"), [(23, 3, 4), (2, 1, 4), (17, 1, 16), (17, 16, 5), (17, 5, 2), (16, 4, 1), (8, 5, 1)]
+)
+def test_every_token_but_the_first_is_predicted_once(tokens, streams, time):
+    found = text.windows(np.arange(tokens), streams=streams, time=time)
+    valid = found["valid"]
+    assert found["inputs"].shape == found["targets"].shape == valid.shape
+    assert valid.shape[1] == time and len(valid) == len(found["first"]) and len(valid) % streams == 0
+    assert sorted(found["targets"][valid].tolist()) == list(range(1, tokens))
+    np.testing.assert_array_equal(found["inputs"][valid] + 1, found["targets"][valid])
+    assert found["first"].sum() == streams
+    # A place of a batch goes on where it was in the batch before.
+    before, after = found["inputs"][:-streams], found["inputs"][streams:]
+    go_on = valid[streams:, 0]
+    np.testing.assert_array_equal(after[go_on, 0], before[go_on, -1] + 1)
+
+
+def test_too_little_text_for_the_streams_is_one_line():
+    with pytest.raises(CarouselError, match="5 tokens do not make 5 streams") as caught:
+        text.windows(np.arange(5), streams=5, time=2)
     assert one_line(caught)
-
-
-@pytest.mark.parametrize(("tokens", "batch"), [(23, 3), (2, 4), (17, 1), (17, 16), (17, 5)])
-def test_every_token_but_the_first_is_predicted_once(tokens, batch):
-    inputs, targets, mask = text.evaluation_streams(np.arange(tokens), batch)
-    assert inputs.shape == targets.shape == mask.shape and len(inputs) == batch
-    assert sorted(targets[mask].tolist()) == list(range(1, tokens))
-    np.testing.assert_array_equal(inputs[mask] + 1, targets[mask])
 
 
 @pytest.mark.parametrize(
