@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from research.analysis.results import Run, spread
+from research.analysis.results import Run, curves, spread
 from research.files import write_output
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -218,16 +218,16 @@ def _annotate_right(axis, row, text):
 
 @styled
 def mean_curves(groups: Mapping[str, Sequence[Run]], metric: str, ylabel: str, title: str) -> Figure:
-    """A logged metric against the step, on a logarithmic scale: mean and range over runs, a line a group."""
+    """A logged metric against the step, on a logarithmic scale: mean and range over runs and seeds, a line a group."""
     figure, (axis,) = new(1, width=5.6, height=4.2)
     for number, (name, runs) in enumerate(groups.items()):
-        curves = [curve for run in runs if (curve := run.series(metric))[0]]
-        if not curves:
+        found = curves(runs, metric)
+        if not found:
             continue
-        length = min(len(steps) for steps, _ in curves)  # of runs that diverged there is a part
-        steps, values = curves[0][0][:length], list(zip(*(values[:length] for _, values in curves), strict=True))
+        length = min(len(steps) for steps, _ in found)  # of what diverged there is a part
+        steps, values = found[0][0][:length], list(zip(*(values[:length] for _, values in found), strict=True))
         line = line_style(number) | {"markevery": (number % 5, max(1, length // 6)), "markersize": 4}
-        axis.plot(steps, [sum(v) / len(v) for v in values], label=f"{name} (n = {len(curves)})", **line)
+        axis.plot(steps, [sum(v) / len(v) for v in values], label=f"{name} (n = {len(found)})", **line)
         axis.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=line["color"], alpha=0.15, linewidth=0
         )

@@ -1,7 +1,12 @@
-"""Reads run folders into plain values; the only source of every table and figure."""
+"""Reads run folders into plain values; the only source of every table and figure.
+
+A run is of one seed or of several trained at once. Of several, a metric or result is a list with a number a seed, null
+for one that diverged; `values` and `curves` read both kinds alike.
+"""
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -24,7 +29,7 @@ class Run:
     sha256: str
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it was recorded."""
+        """Steps and values of a metric, where it was recorded; the values are lists where the run has several seeds."""
         points = [(record["step"], record[name]) for record in self.metrics if record.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -76,6 +81,30 @@ def group(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]
     return groups
 
 
+def values(runs: Iterable[Run], name: str) -> list[float]:
+    """A result of every run and seed, where it is there (of a diverged one it is not)."""
+    return [value for run in runs for value in _seeds(run.result.get(name)) if value is not None]
+
+
+def curves(runs: Iterable[Run], name: str) -> list[tuple[list[int], list[float]]]:
+    """Steps and values of a metric, one pair a run and seed that has a value at all.
+
+    The curve of one seed among several ends where its first null is: from there on it has diverged.
+    """
+    found = []
+    for run in runs:
+        steps, rows = run.series(name)
+        for seed in zip(*map(_seeds, rows), strict=True):
+            known = list(itertools.takewhile(lambda value: value is not None, seed))
+            if known:
+                found.append((steps[: len(known)], known))
+    return found
+
+
+def _seeds(value):
+    return value if isinstance(value, list) else [value]
+
+
 @dataclasses.dataclass(frozen=True)
 class Spread:
     """Mean and sample standard deviation (n - 1 in the denominator) of n values; std is NaN for one value."""
@@ -93,7 +122,7 @@ class Spread:
 
 def percent(runs: Iterable[Run], name: str) -> str:
     """Mean and spread of a result that is an error rate, as text."""
-    return spread(run.result.get(name) for run in runs).percent()
+    return spread(values(runs, name)).percent()
 
 
 def unfinished(names: Sequence[str], runs: Sequence[Run]) -> str:
@@ -102,9 +131,9 @@ def unfinished(names: Sequence[str], runs: Sequence[Run]) -> str:
     return f" ({missing} of {len(names)} cells are not finished)" if missing else ""
 
 
-def spread(values: Iterable[float | None]) -> Spread:
-    """Mean and spread of the values that are there (a diverged run has none)."""
-    found = [value for value in values if value is not None]
+def spread(numbers: Iterable[float | None]) -> Spread:
+    """Mean and spread of the numbers that are there (a diverged run has none)."""
+    found = [number for number in numbers if number is not None]
     if not found:
         return Spread(math.nan, math.nan, 0)
     return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else math.nan, len(found))

@@ -1,5 +1,6 @@
 """The figures of the comparisons after He et al. 2016: what is drawn, also where runs diverged or there is only one."""
 
+import dataclasses
 import math
 
 import matplotlib
@@ -122,6 +123,13 @@ def test_a_mean_curve_of_one_run_and_of_none(variants, tmp_path):
     empty = figures.mean_curves({"dropout": variants["dropout"]}, "error", "loss", "a title")
     assert lines(empty.axes[0]) == [] and legend_texts(empty) == []
     assert all(path.stat().st_size for path in figures.save(empty, tmp_path / "empty", {}))
+
+
+def test_mean_curves_of_seeds_trained_at_once(make_run):
+    records = [{"step": 1, "loss": [4.0, 2.0, None]}, {"step": 2, "loss": [3.0, 1.0, None]}]
+    run = dataclasses.replace(make_run("several", {}, [], {}), metrics=records)
+    figure = figures.mean_curves({"lstm": [run]}, "loss", "loss", "a title")
+    assert lines(figure.axes[0]) == [([1, 2], [3.0, 2.0])] and legend_texts(figure) == ["lstm (n = 2)"]
 
 
 def test_layer_responses_in_order_and_sorted(tmp_path):

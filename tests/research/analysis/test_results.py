@@ -67,6 +67,38 @@ def test_groups_keep_the_order_of_appearance(grid):
     assert sum(map(len, groups.values())) == len(grid)
 
 
+# Runs of several seeds
+
+
+@pytest.fixture
+def several(make_run):
+    """Three seeds at once: the second diverges after a while (and comes back), the third at once."""
+    run = make_run("several", {}, [], {"error": [0.5, math.nan, math.nan], "test_error": [0.1, 0.3, math.nan]})
+    records = [{"step": 1, "loss": [4.0, 5.0, None]}, {"step": 1, "test_loss": [1.0, 2.0, 3.0]}]
+    records += [{"step": 2, "loss": [2.0, None, None]}, {"step": 3, "loss": [1.0, 7.0, None]}]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return results.read_run(run.path)
+
+
+def test_values_are_of_every_run_and_seed_that_has_one(several, make_run):
+    single, failed = make_run("single", {}, [0.75]), make_run("failed", {}, [], {"failure": "diverged"})
+    runs = [several, failed, single]
+    assert results.values(iter(runs), "test_error") == [0.1, 0.3, 0.8]
+    assert results.values(runs, "error") == [0.5]
+    assert results.values(runs, "nothing") == results.values([], "test_error") == []
+    assert results.percent(runs, "test_error") == "40.00% ± 36.06 (n=3)"
+    assert results.percent([several], "error") == "50.00%"
+    assert results.percent([failed], "error") == "failed"
+
+
+def test_a_curve_ends_where_its_seed_diverged(several, make_run):
+    single = make_run("single", {}, [0.5, math.nan, 0.25])
+    assert results.curves([several], "loss") == [([1, 2, 3], [4.0, 2.0, 1.0]), ([1], [5.0])]
+    assert results.curves([several], "test_loss") == [([1], [value]) for value in (1.0, 2.0, 3.0)]
+    assert results.curves([single, several], "error") == [single.series("error")] == [([10, 30], [0.5, 0.25])]
+    assert results.curves([several], "nothing") == []
+
+
 def test_spreads_by_hand():
     spread = results.spread(iter([0.1, None, 0.2, 0.6]))
     assert spread.mean == pytest.approx(0.3) and spread.n == 3
