@@ -22,7 +22,6 @@ averages (0.9 a step) lag behind; those of pre-trained weights begin nearer.
 import dataclasses
 import functools
 import json
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,19 +123,9 @@ def prepare(pixels: Any, mean: Any = None, *, size: int) -> Any:
     return (x - jnp.float32(MEAN)) / jnp.float32(STD)  # one channel becomes three by broadcasting
 
 
-def network(size: int, depth: int, **options: Any) -> Any:
-    """The network for the trainer, which initialises with an image as it is stored: that is prepared here."""
-    from research.models import imagenet_resnet
-
-    model = imagenet_resnet(depth, **options)
-    return types.SimpleNamespace(
-        init=lambda key, pixels, **how: model.init(key, prepare(pixels, size=size), **how), apply=model.apply
-    )
-
-
 def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     """Trains one network."""
-    from research.models import weights
+    from research.models import imagenet_resnet, weights
     from research.training import state
 
     start, checksums = None, {}
@@ -146,7 +135,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
         classes = images.load(cell.dataset, cell.data_dir).num_classes
         start = weights.replace_head(weights.load(cell.weights), classes, state.stream(cell.seed, "head"))
         checksums = {Path(cell.weights).name: cell.weights_sha256}
-    make_model = functools.partial(network, cell.image_size, cell.depth)
+    make_model = functools.partial(imagenet_resnet, cell.depth)
     prepared = functools.partial(prepare, size=cell.image_size)
     return images.train(cell, make_model, context, start, prepare=prepared, checksums=checksums).result
 

@@ -194,7 +194,7 @@ def train(
         optimizers.sgd(schedule, weight_decay=cell.weight_decay),
         schedule,
         splits,
-        loop.Plan(**{field.name: getattr(cell, field.name) for field in dataclasses.fields(loop.Plan)}),
+        loop.plan_of(cell),
         context,
         start=start,
     )

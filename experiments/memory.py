@@ -77,6 +77,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
 
     environment.record(context.folder.path, context.command, {}, context.reporter.note)
     shape = (cell.batch_size, cell.image_size, cell.image_size, 3)
+    inputs = jax.ShapeDtypeStruct(shape, np.float32)
     model = network_of(cell, remat=cell.remat)
     schedule = optimizers.step_decay(0.1, drops=())
     optimizer = optimizers.sgd(schedule)
@@ -85,7 +86,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     random = np.random.default_rng(0)
     data = {"images": random.integers(0, 256, shape, np.uint8), "labels": random.integers(0, 10, cell.batch_size)}
     mesh = parallel.make_mesh(1)
-    initial = jax.eval_shape(lambda: state.initialize(model, optimizer, 0, shape))
+    initial = jax.eval_shape(lambda: state.initialize(model, optimizer, 0, inputs))
     arguments = parallel.replicate((data, jax.random.key(0)), mesh)
     rows = np.arange(cell.batch_size, dtype=np.int32)[None]
     compiled = parallel.compile_stretch(stretch, "jit", mesh, (initial, arguments[0], rows, arguments[1]))
@@ -93,7 +94,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     result = {"temporary_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
     result["params"] = sum(leaf.size for leaf in jax.tree.leaves(initial.params))
     if cell.execute:
-        current = parallel.replicate(state.initialize(model, optimizer, 0, shape), mesh)
+        current = parallel.replicate(state.initialize(model, optimizer, 0, inputs), mesh)
         result |= _execute(compiled, current, arguments, rows, cell.execute)
     gib = result["temporary_bytes"] / 2**30
     context.reporter.note(f"{context.label}: {gib:.2f} GiB of temporaries{_executed(result)}")

@@ -95,7 +95,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     batch = classification.prepare(data.train.images[: cell.batch_size], images.mean_image(data))
     labels = data.train.labels[: cell.batch_size]
     model = network_of(cell, num_classes=data.num_classes)
-    initial = state.initialize(model, optimizers.sgd(lambda step: 0.0), cell.seed, batch.shape)
+    initial = state.initialize(model, optimizers.sgd(lambda step: 0.0), cell.seed, batch)
     measured = identities(model)(initial.variables, batch, labels, jax.random.key(cell.seed))
     context.reporter.note(f"{context.label}: done")
     return {**measured, "params": sum(leaf.size for leaf in jax.tree.leaves(initial.params))}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 
 from research.errors import CarouselError, Interrupted, UsageError
-from research.training import checkpoint, environment, parallel, state, step
+from research.tasks.task import Task
+from research.training import best, checkpoint, environment, parallel, state, step
 from research.training.evaluation import Evaluator
 from research.training.progress import Reporter
 from research.training.run_folder import RunFolder
@@ -35,24 +37,33 @@ class Plan:
     """How long and how to train.
 
     Attributes:
-      seed: of every stream of randomness of the run.
+      seed: of every stream of randomness of the run. With several, as many small networks are trained side by side in
+        one program: every leaf of the state has them as leading axis, and every metric is a list.
       steps: optimiser updates.
       batch_size: examples a step, over all devices.
       steps_per_call: steps of one compiled stretch; also the interval of the training metrics.
       evaluate_every: steps between evaluations on the validation and test splits.
+      select: the network of which the final evaluation is: the `last`, or with `best` the one of the lowest error (or
+        loss, for a task without) on the validation split; of several seeds each its own.
       train_evaluation_examples: of how many of the training examples (the first) the final evaluation is; None for all.
       parallel: `auto`, `pmap`, `jit` or `shard_map`.
       devices: how many; None for all that there are.
     """
 
-    seed: int
+    seed: int | tuple[int, ...]
     steps: int
     batch_size: int
     steps_per_call: int
     evaluate_every: int
+    select: str = "last"
     train_evaluation_examples: int | None = None
     parallel: str = "auto"
     devices: int | None = None
+
+
+def plan_of(cell: Any) -> Plan:
+    """The plan that a cell of an experiment asks for, by the names of its fields."""
+    return Plan(**{f.name: getattr(cell, f.name) for f in dataclasses.fields(Plan) if hasattr(cell, f.name)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,16 +109,16 @@ class Outcome:
 
     Attributes:
       initial: the state before the first step, on the host.
-      final: the state after the last step, on the host.
-      evaluations: split name -> metric -> mean over the split.
+      final: the state after the last step, or the one that `Plan.select` asks for, on the host.
+      evaluations: split name -> metric -> mean over the split; of several seeds a list, NaN for one that diverged.
       seconds: `compile`, `train`, `evaluate`, `checkpoint`: wall time, over all the sittings that the run took.
-      examples_per_second: of training, compilation and evaluation excluded.
+      examples_per_second: of training, all seeds together, compilation and evaluation excluded.
       sha256: of the final state, names and bits.
     """
 
     initial: TrainState
     final: TrainState
-    evaluations: dict[str, dict[str, float]]
+    evaluations: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     examples_per_second: float
     sha256: str
@@ -115,7 +126,7 @@ class Outcome:
 
 def train(
     make_model: Callable[..., Any],
-    make_task: Callable[[Callable], Any],
+    make_task: Callable[[Callable], Task],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     splits: Splits,
@@ -130,7 +141,7 @@ def train(
 
     Args:
       make_model: gives the Flax module; `axis_name=` names the axis over which to take BatchNorm's means.
-      make_task: the bound module `apply` -> a task with `loss` and `evaluate`.
+      make_task: the bound module `apply` -> a task.
       optimizer: an optax transformation.
       schedule: its learning rate, for the record.
       splits: the data set; it is copied to every device.
@@ -153,36 +164,35 @@ def train(
     with timers("compile"):
         axis = parallel.axis_name(mode)
         task = make_task(state.bind(make_model(axis_name=axis)))
-        example = next(iter(splits.arrays.values()))
-        initial = state.initialize(make_model(), optimizer, plan.seed, (1, *example.shape[1:]))
-        initial = jax.device_get(initial)
+        # The evaluation network needs no axis: its arrays are global and BatchNorm uses its running averages.
+        evaluated_task = make_task(state.bind(make_model()))
+        _check_order(plan, splits, task)
+        inputs = jax.eval_shape(task.inputs, {name: array[:1] for name, array in splits.arrays.items()})
+        initial = jax.device_get(state.initialize(make_model(), optimizer, plan.seed, inputs))
         if start is not None:
             initial = state.replace_variables(initial, start)
     current, evaluated = _restore(context, initial, timers)
     current = parallel.replicate(current, mesh)
     data = parallel.replicate(dict(splits.arrays), mesh)
     key = parallel.replicate(state.stream(plan.seed, "augmentation"), mesh)
-    order = state.stream(plan.seed, "order")
 
-    stretch = step.make_stretch(task.loss, optimizer, schedule, axis)
+    stretch = state.over_seeds(
+        step.make_stretch(task.loss, optimizer, schedule, axis), plan.seed, in_axes=(0, None, 0, 0)
+    )
     compiled: dict[int, Callable] = {}
-    at = int(current.step)
+    at = int(np.ravel(current.step)[0])
     reporter.start(context.label, plan.steps, at)
 
-    def indices(steps):
-        shape = {"steps": steps, "batch_size": plan.batch_size, "examples": splits.train}
-        return np.asarray(step.shuffled_indices(order, at, **shape))
-
     with timers("compile"):
-        # The evaluation network needs no axis: its arrays are global and BatchNorm uses its running averages.
-        evaluator = Evaluator(make_task(state.bind(make_model())).evaluate, mesh, current.variables, data)
+        options = {"batch_size": plan.batch_size, "seed": plan.seed}
+        evaluator = Evaluator(evaluated_task, mesh, current.variables, data, **options)
 
-    def evaluate(*names):
+    def evaluate(variables, *names):
         ranges = {name: splits.range(name) for name in names}
         if "train" in ranges and plan.train_evaluation_examples:
             ranges["train"] = (0, min(plan.train_evaluation_examples, splits.train))
         with timers("evaluate"):
-            return {name: evaluator(current.variables, *places) for name, places in ranges.items()}
+            return {name: evaluator(variables, *places) for name, places in ranges.items()}
 
     def save():
         with timers("checkpoint"):
@@ -191,7 +201,7 @@ def train(
             return time.monotonic()
 
     saved = save() if at == 0 else time.monotonic()
-    held_out = {}
+    held_out, failed = {}, np.zeros(np.shape(plan.seed), bool)
     while at < plan.steps:
         if context.should_stop():
             save()
@@ -200,35 +210,40 @@ def train(
             )
         # The grid of stretches is fixed by absolute steps, so an interrupted run takes the same ones.
         end = min(plan.steps, *((at // n + 1) * n for n in (plan.steps_per_call, plan.evaluate_every)))
-        rows = indices(end - at)
+        rows = _indices(plan, splits, task, at, end)
         if end - at not in compiled:
             with timers("compile"):
                 compiled[end - at] = parallel.compile_stretch(stretch, mode, mesh, (current, data, rows, key))
         with timers("train") as lap:
             current, metrics = compiled[end - at](current, data, rows, key)
             metrics = jax.device_get(metrics)
-        _check_finite(metrics["loss"], at, folder)
-        record = {"step": end, **{name: float(np.mean(values)) for name, values in metrics.items()}}
-        record["learning_rate"] = float(metrics["learning_rate"][-1])
-        folder.metrics.append(record)
-        reporter.update(end, record, lap.seconds, (end - at) * plan.batch_size / lap.seconds)
+        now_failed = _check_finite(metrics["loss"], at, context)
+        if (now_failed & ~failed).any():
+            reporter.note(f"{context.label}: {now_failed.sum()} of {now_failed.size} seeds diverged before step {end}")
+        failed |= now_failed
+        record = {name: values.mean(axis=-1).tolist() for name, values in metrics.items()}
+        record["learning_rate"] = float(np.ravel(metrics["learning_rate"])[-1])
+        folder.metrics.append({"step": end, **record})
+        taken = (end - at) * plan.batch_size * np.size(plan.seed)
+        reporter.update(end, {name: _over_seeds(v) for name, v in record.items()}, lap.seconds, taken / lap.seconds)
         at = end
         if at % plan.evaluate_every == 0 or at == plan.steps:
-            held_out = evaluate("validation", "test")
+            held_out = evaluate(current.variables, "validation", "test")
             folder.metrics.append({"step": at, **{f"{s}_{m}": v for s, ms in held_out.items() for m, v in ms.items()}})
-            found = held_out["validation"]
-            score = "error" if "error" in found else "loss"
-            if evaluated is None or found[score] < evaluated[score]:
-                evaluated = {"step": at, score: found[score]}
-                checkpoint.save_best(folder.checkpoints, at, state.flatten(current), evaluated)
+            evaluated = best.keep(folder.checkpoints, at, current, held_out["validation"], evaluated)
             saved = save()
         elif time.monotonic() - saved >= _CHECKPOINT_SECONDS:
             saved = save()
 
+    if plan.select == "best":
+        current, held_out = parallel.replicate(best.restore(folder.checkpoints, initial), mesh), {}
     # A run that was stopped after its last step comes here without having evaluated.
-    evaluations = {**evaluate("train"), **(held_out or evaluate("validation", "test"))}
+    evaluations = evaluate(current.variables, "train")
+    evaluations |= held_out or evaluate(current.variables, "validation", "test")
     shown = ", ".join(
-        f"{split} {metric} {value:.4g}" for split in evaluations for metric, value in evaluations[split].items()
+        f"{split} {metric} {_over_seeds(evaluations[split][metric]):.4g}"
+        for split in evaluations
+        for metric in evaluations[split]
     )
     reporter.note(f"{context.label}: done; {shown}")
     final = jax.device_get(current)
@@ -237,9 +252,25 @@ def train(
         final=final,
         evaluations=evaluations,
         seconds=timers.seconds,
-        examples_per_second=plan.steps * plan.batch_size / timers.seconds["train"],
+        examples_per_second=plan.steps * plan.batch_size * np.size(plan.seed) / timers.seconds["train"],
         sha256=state.sha256(final),
     )
+
+
+def _indices(plan: Plan, splits: Splits, task: Task, at: int, end: int) -> np.ndarray:
+    """The examples of steps `at` to `end` - 1: `[steps, batch]`, or `[seeds, steps, batch]`."""
+    shape = {"steps": end - at, "batch_size": plan.batch_size, "examples": splits.train}
+    if not task.carries:
+        draw = functools.partial(step.shuffled_indices, first_step=at, **shape)
+        return np.asarray(state.over_seeds(draw, plan.seed)(state.stream(plan.seed, "order")))
+    rows = step.indices_in_order(at, **shape)
+    return np.broadcast_to(rows, (len(plan.seed), *rows.shape)) if isinstance(plan.seed, tuple) else rows
+
+
+def _over_seeds(value: Any) -> float:
+    """One number to show: the mean over the seeds that have one."""
+    finite = [each for each in np.ravel(value) if math.isfinite(each)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 def _check(plan: Plan, splits: Splits, devices: int) -> None:
@@ -255,15 +286,26 @@ def _check(plan: Plan, splits: Splits, devices: int) -> None:
         )
 
 
-def _check_finite(losses: np.ndarray, at: int, folder: RunFolder) -> None:
+def _check_order(plan: Plan, splits: Splits, task: Task) -> None:
+    parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
+    if task.carries and (odd := [name for name, examples in parts.items() if examples % plan.batch_size]):
+        raise UsageError(
+            f"--batch_size={plan.batch_size} does not divide the {parts[odd[0]]} {odd[0]} examples, which go on from "
+            "batch to batch: cut the data for this batch size"
+        )
+
+
+def _check_finite(losses: np.ndarray, at: int, context: Context) -> np.ndarray:
+    """Which seeds' losses are no numbers any more, `[]` or `[seeds]`; raises where that is all of them."""
     finite = np.isfinite(losses)
-    if finite.all():
-        return
-    bad = at + int(np.argmin(finite)) + 1
-    kept = checkpoint.latest(folder.checkpoints)
+    failed = ~finite.all(axis=-1)
+    if not failed.all():
+        return failed
+    bad = at + int(np.argmin(finite.reshape(-1, finite.shape[-1]).any(axis=0))) + 1
+    kept = checkpoint.latest(context.folder.checkpoints)
     raise Diverged(
-        f"{folder.path}: the loss is not finite at step {bad} ({losses[bad - at - 1]}); the checkpoint of step "
-        f"{kept.step if kept else 0} is kept; try a smaller --learning_rate",
+        f"{context.folder.path}: the loss is not finite at step {bad} ({np.ravel(losses[..., bad - at - 1])[0]}); the "
+        f"checkpoint of step {kept.step if kept else 0} is kept; try a smaller --learning_rate",
         bad,
     )
 

@@ -69,24 +69,25 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
       stretch: made with `axis_name(mode)`.
       mode: `pmap`, `jit` or `shard_map`.
       mesh: from `make_mesh`; the batch must divide by its size.
-      arguments: examples of the arguments, replicated (indices `[steps, batch]` on the host); only shapes matter.
+      arguments: examples of the arguments, replicated (indices `[steps, batch]` on the host, several seeds as a leading
+        axis); only shapes matter.
 
     Returns:
       The compiled stretch, to be called with arguments like those.
     """
     state, data, indices, key = arguments
-    replicated, split = PartitionSpec(), PartitionSpec(None, AXIS)
+    replicated, split = PartitionSpec(), PartitionSpec(*[None] * (indices.ndim - 1), AXIS)
     if mode == "pmap":
-        # [steps, devices, share]: pmap maps a whole axis.
+        # [..., steps, devices, share]: pmap maps a whole axis.
         def place(indices):
-            steps, batch = indices.shape
-            by_device = indices.reshape(steps, mesh.size, batch // mesh.size)
+            *lead, batch = indices.shape
+            by_device = indices.reshape(*lead, mesh.size, batch // mesh.size)
             return jax.device_put(by_device, NamedSharding(mesh, split))
 
         function = jax.pmap(
             stretch,
             axis_name=AXIS,
-            in_axes=(None, None, 1, None),
+            in_axes=(None, None, indices.ndim - 1, None),
             out_axes=None,
             devices=list(mesh.devices),
             donate_argnums=0,
@@ -94,7 +95,7 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
     else:
 
         def place(indices):
-            return shard_batch(indices, mesh, axis=1)
+            return shard_batch(indices, mesh, axis=indices.ndim - 1)
 
         if mode == "shard_map":
             # With check_vma the gradient of a local loss would arrive summed over devices; see `make_stretch`.

@@ -2,7 +2,7 @@
 
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,9 @@ import optax
 from flax import linen as nn
 
 from research.errors import CarouselError, UsageError
+
+CARRY = "carry"
+"""The collection of a model's recurrent state, which goes from batch to batch in training and in evaluation."""
 
 
 class TrainState(NamedTuple):
@@ -34,33 +37,47 @@ class TrainState(NamedTuple):
         return {"params": self.params, **self.collections}
 
 
-def stream(seed: int, name: str) -> jax.Array:
-    """The key of one named stream of randomness of a run; the step is folded in where it is used.
+def stream(seed: int | tuple[int, ...], name: str) -> jax.Array:
+    """The key of one named stream of randomness of a run, of several seeds all; the step is folded in where it is used.
 
     Raises:
-      UsageError: the seed is not one of 32 bits. JAX would drop the others, and two seeds would give one run.
+      UsageError: a seed is not one of 32 bits. JAX would drop the others, and two seeds would give one run.
     """
+    if isinstance(seed, tuple):
+        return jnp.stack([stream(each, name) for each in seed])
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed {seed} does not fit 32 bits: give one from 0 to {2**32 - 1}")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def initialize(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, input_shape: tuple[int, ...]):
-    """The state before the first step, compiled as one program.
+def over_seeds(function: Callable, seed: int | tuple[int, ...], in_axes: Any = 0) -> Callable:
+    """The function for one seed as it is; for several, over the leading axis that `in_axes` says arguments have."""
+    return jax.vmap(function, in_axes) if isinstance(seed, tuple) else function
+
+
+def initialize(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int | tuple[int, ...], inputs: Any
+) -> TrainState:
+    """The state before the first step, compiled as one program; of several seeds along a leading axis of every leaf.
 
     Args:
-      model: called as `model(x, train=...)`.
+      model: called as `model(inputs, train=...)`.
       optimizer: gives `opt_state`.
-      seed: of the run.
-      input_shape: of a batch, `[batch, ...]`; the batch size does not matter.
+      seed: of the run, or several.
+      inputs: a batch of what the model reads, or its shapes and types; values and batch size do not matter.
     """
 
     def init(key):
-        collections = dict(model.init(key, jnp.zeros(input_shape), train=True))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), inputs)
+        collections = dict(_called(model.init, key, zeros, train=True))
         params = collections.pop("params")
         return TrainState(jnp.zeros((), jnp.int32), params, collections, optimizer.init(params))
 
-    return jax.jit(init)(stream(seed, "parameters"))
+    return jax.jit(over_seeds(init, seed))(stream(seed, "parameters"))
+
+
+def _called(method, first, x, **options):
+    return method(first, **x, **options) if isinstance(x, Mapping) else method(first, x, **options)
 
 
 def replace_variables(initial: TrainState, variables: Mapping[str, Any]) -> TrainState:
@@ -85,15 +102,16 @@ def replace_variables(initial: TrainState, variables: Mapping[str, Any]) -> Trai
 def bind(model: nn.Module):
     """The model as a pure function `apply(variables, x, *, train, key=None) -> (output, collections)`.
 
-    In training the collections are the updated ones and `key` is what dropout draws from; in evaluation there are none.
+    A dictionary x is passed as named arguments. In training the collections are the updated ones and `key` is what
+    dropout draws from; in evaluation only `CARRY` is updated, where the model has it.
     """
 
     def apply(variables, x, *, train, key=None):
-        if not train:
-            return model.apply(variables, x, train=False), {}
-        mutable = [name for name in variables if name != "params"]
-        rngs = None if key is None else {"dropout": key}
-        return model.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
+        mutable = [name for name in variables if (name != "params" if train else name == CARRY)]
+        if not (train or mutable):
+            return _called(model.apply, variables, x, train=False), {}
+        rngs = {"dropout": key} if train and key is not None else None
+        return _called(model.apply, variables, x, train=train, mutable=mutable, rngs=rngs)
 
     return apply
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
@@ -78,10 +79,25 @@ def shuffled_indices(key: jax.Array, first_step: jax.Array, *, steps: int, batch
     return lax.dynamic_slice(permutations.reshape(-1), (offset,), (steps * batch_size,)).reshape(steps, batch_size)
 
 
-def make_evaluation(evaluate: Callable) -> Callable[[Any, Data, jax.Array, jax.Array], dict[str, jax.Array]]:
-    """A function `(variables, data, indices, mask) -> sums` for one batch; `indices` and `mask` are `[batch]`."""
+def indices_in_order(first_step: int, *, steps: int, batch_size: int, examples: int) -> np.ndarray:
+    """As `shuffled_indices`, but one batch after another as the examples lie, from the beginning again at the end.
+
+    Examples are a multiple of the batch size, so that place n of a batch always goes on where it was.
+    """
+    batches = (first_step + np.arange(steps)) % (examples // batch_size)
+    return (batches[:, None] * batch_size + np.arange(batch_size)).astype(np.int32)
+
+
+def make_evaluation(
+    evaluate: Callable, carries: bool = False
+) -> Callable[[Any, Data, jax.Array, jax.Array], tuple[dict[str, jax.Array], dict[str, Any]]]:
+    """A function `(variables, data, indices, mask) -> (sums, new collections)` for one batch.
+
+    `indices` and `mask` are `[batch]`; `evaluate` and `carries` are a task's.
+    """
 
     def evaluation(variables, data, indices, mask):
-        return evaluate(variables, {name: array[indices] for name, array in data.items()} | {"mask": mask})
+        found = evaluate(variables, {name: array[indices] for name, array in data.items()} | {"mask": mask})
+        return found if carries else (found, {})
 
     return evaluation

@@ -75,16 +75,6 @@ def test_colours_keep_their_places_and_an_equal_size_its_pixels():
     np.testing.assert_allclose(finetune.prepare(pixels, size=6), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_trainers_network_is_the_imagenet_network_of_coloured_images():
-    theirs, ours = imagenet_resnet(18, num_classes=10), finetune.network(16, 18, num_classes=10)
-    colours, grey = jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 1))
-    key = jax.random.key(0)
-    expected = jax.eval_shape(lambda: theirs.init(key, colours, train=True))
-    assert jax.eval_shape(lambda: ours.init(key, grey, train=True)) == expected
-    logits = jax.eval_shape(lambda v: ours.apply(v, colours, train=False), expected)
-    assert logits.shape == (1, 10)
-
-
 # The grid
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.tasks.task import Task
 from research.training import evaluation, parallel
 
 EXAMPLES = 21
@@ -20,7 +21,8 @@ def count_each(variables, batch):
 def evaluator(evaluate=count_each, devices=1):
     mesh = parallel.make_mesh(devices)
     data = parallel.replicate({"number": np.arange(EXAMPLES)}, mesh)
-    return evaluation.Evaluator(evaluate, mesh, parallel.replicate(jnp.float32(2), mesh), data)
+    two = parallel.replicate(jnp.float32(2), mesh)
+    return evaluation.Evaluator(Task(None, evaluate, None), mesh, two, data, batch_size=8)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +91,7 @@ import numpy as np
 from research.data import digits
 from research.models import cifar_resnet
 from research.tasks.classification import classification
+from research.tasks.task import Task
 from research.training import evaluation, optimizers, parallel, state
 
 evaluation._BATCH = 8
@@ -103,7 +106,7 @@ for devices in (1, 2, 5):
         return {str(n): value for n, value in enumerate(seen)} | {"count": batch["mask"].sum()}
 
     shards = []
-    one = evaluation.Evaluator(count_each, mesh, {}, data)
+    one = evaluation.Evaluator(Task(None, count_each, None), mesh, {}, data, batch_size=8)
     for first, last in ((0, 21), (4, 11), (19, 21)):
         means = one({}, first, last)
         assert means == {str(n): (1 / (last - first) if first <= n < last else 0) for n in range(21)}, (devices, means)
@@ -114,14 +117,14 @@ evaluation._BATCH = 64
 part = digits.load().test  # 300: not a multiple of 64
 model = cifar_resnet(8, "residual", 4, 10)
 mean = part.images.mean(axis=0)
-variables = state.initialize(model, optimizers.sgd(lambda step: 0.1), 0, (1, 8, 8, 1)).variables
+variables = state.initialize(model, optimizers.sgd(lambda step: 0.1), 0, jnp.zeros((1, 8, 8, 1))).variables
 task = classification(state.bind(model), mean=mean)
 errors = {}
 for devices in (1, 2, 5):
     mesh = parallel.make_mesh(devices)
     place = lambda tree: parallel.replicate(jax.device_get(tree), mesh)
     data, here = place({"images": part.images, "labels": part.labels}), place(variables)
-    errors[devices] = evaluation.Evaluator(task.evaluate, mesh, here, data)(here, 0, len(part))
+    errors[devices] = evaluation.Evaluator(task, mesh, here, data, batch_size=8)(here, 0, len(part))
 scores = np.asarray(model.apply(variables, (part.images.astype(np.float32) - mean) / 128, train=False), np.float64)
 wrong = (scores.argmax(-1) != part.labels).mean()
 loss = (np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(part)), part.labels]).mean()

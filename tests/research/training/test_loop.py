@@ -133,7 +133,7 @@ class DiesAtTheEnd(io.StringIO):
 def test_the_initial_state_survives_the_donation_of_its_buffers(tmp_path, mode):
     outcome = train(tmp_path, plan(parallel=mode))
     schedule = optimizers.step_decay(0.05, drops=(4_000,))
-    fresh = state.initialize(Net(), optimizers.sgd(schedule), 0, (1, 8, 8, 1))
+    fresh = state.initialize(Net(), optimizers.sgd(schedule), 0, np.zeros((1, 8, 8, 1), np.float32))
     assert int(outcome.initial.step) == 0
     assert state.sha256(outcome.initial) == state.sha256(fresh) != outcome.sha256
     # The same where the first step was taken in an earlier sitting.
@@ -331,7 +331,7 @@ def programs(depth):
     arrays = {"images": DATA.train.images[:32], "labels": DATA.train.labels[:32]}
     key = state.stream(0, "augmentation")
     rows = np.zeros((1, 16), np.int32)
-    initial = functools.partial(state.initialize, model, optimizer, 0, (1, 8, 8, 1))
+    initial = functools.partial(state.initialize, model, optimizer, 0, np.zeros((1, 8, 8, 1), np.float32))
     shapes = jax.eval_shape(initial)
     stretch = step.make_stretch(task.loss, optimizer, schedule, None)
     evaluation = step.make_evaluation(task.evaluate)

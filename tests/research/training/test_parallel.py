@@ -45,7 +45,7 @@ mean = train.images.mean(axis=0).astype(TYPE)
 schedule = optimizers.step_decay(0.1, drops=(2,), warmup_steps=1)
 optimizer = optimizers.sgd(schedule)
 make_model = functools.partial(cifar_resnet, 8, "residual", 4, 10, join="dropout")
-initial = state.initialize(make_model(), optimizer, 0, (1, 8, 8, 1))
+initial = state.initialize(make_model(), optimizer, 0, jnp.zeros((1, 8, 8, 1)))
 initial = jax.device_get(jax.tree.map(lambda x: x.astype(TYPE) if x.dtype == np.float32 else x, initial))
 
 
@@ -168,7 +168,7 @@ def train(mode, batch_size=16, steps_per_call=1):
             return loop.train(Net, task, optimizer, schedule, splits, plan, loop.Context(run, mode, reporter))
 
 
-fresh = state.initialize(Net(), optimizer, 0, (1, 8, 8, 1))
+fresh = state.initialize(Net(), optimizer, 0, np.zeros((1, 8, 8, 1), np.float32))
 for mode, steps_per_call in (("pmap", 1), ("jit", 1), ("shard_map", 1), ("pmap", 200)):
     outcome = train(mode, steps_per_call=steps_per_call)
     assert state.sha256(outcome.initial) == state.sha256(fresh) != outcome.sha256, "donated, but still in use"

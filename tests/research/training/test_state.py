@@ -51,7 +51,7 @@ def test_unflatten_is_the_inverse_whatever_the_order_of_the_names():
 def test_the_names_of_a_real_state_are_pinned():
     # Checkpoints outlive refactors: a name that changes makes old ones unreadable.
     optimizer = optimizers.sgd(lambda step: 0.1)
-    shapes = jax.eval_shape(lambda: state.initialize(cifar_resnet(20, width=4), optimizer, 0, (1, 8, 8, 1)))
+    shapes = jax.eval_shape(lambda: state.initialize(cifar_resnet(20, width=4), optimizer, 0, jnp.zeros((1, 8, 8, 1))))
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(shapes)]
     assert {path.split("/")[0] for path in paths} == {"step", "params", "collections", "opt_state"}
     assert {
@@ -129,7 +129,7 @@ def test_a_seed_that_would_repeat_another_is_refused(seed):
 
 def test_initialisation_does_not_depend_on_the_batch_and_starts_at_zero():
     model, optimizer = Net(), optimizers.sgd(lambda step: 0.1)
-    one, two = (state.initialize(model, optimizer, 0, (batch, 8, 8, 1)) for batch in (1, 2))
+    one, two = (state.initialize(model, optimizer, 0, jnp.zeros((batch, 8, 8, 1))) for batch in (1, 2))
     assert state.sha256(one) == state.sha256(two)
     assert int(one.step) == 0 and one.step.dtype == jnp.int32
     assert one.variables.keys() == {"params", "batch_stats"}
@@ -137,7 +137,7 @@ def test_initialisation_does_not_depend_on_the_batch_and_starts_at_zero():
 
 def test_binding_gives_updated_collections_in_training_only():
     model = Net()
-    variables = state.initialize(model, optimizers.sgd(lambda step: 0.1), 0, (1, 8, 8, 1)).variables
+    variables = state.initialize(model, optimizers.sgd(lambda step: 0.1), 0, jnp.zeros((1, 8, 8, 1))).variables
     images = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     apply = state.bind(model)
     trained, collections = apply(variables, images, train=True)
@@ -152,7 +152,7 @@ def test_binding_gives_updated_collections_in_training_only():
 
 
 def started():
-    return state.initialize(Net(), optimizers.sgd(lambda step: 0.1), 0, (1, 8, 8, 1))
+    return state.initialize(Net(), optimizers.sgd(lambda step: 0.1), 0, jnp.zeros((1, 8, 8, 1)))
 
 
 def test_replacing_the_variables_keeps_the_rest():

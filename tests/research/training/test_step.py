@@ -135,7 +135,7 @@ def network():
     }
     task = classification(states.bind(model), mean=np.float32(128), crop=1, flip=True)
     stretch = jax.jit(make_stretch(task.loss, OPTIMIZER, SCHEDULE, None))
-    return model, task, stretch, states.initialize(model, OPTIMIZER, 0, (1, 8, 8, 1)), data
+    return model, task, stretch, states.initialize(model, OPTIMIZER, 0, jnp.zeros((1, 8, 8, 1))), data
 
 
 def train(network, cuts, key=KEY):
@@ -170,7 +170,8 @@ def test_the_state_moves_as_a_whole(network):
 def test_evaluation_takes_the_examples_asked_for(network):
     model, task, _, state, data = network
     chosen, mask = np.array([3, 20, 7, 7]), np.array([1, 1, 1, 0], np.float32)
-    sums = jax.jit(make_evaluation(task.evaluate))(state.variables, data, chosen, mask)
+    sums, carried = jax.jit(make_evaluation(task.evaluate))(state.variables, data, chosen, mask)
+    assert carried == {}
     images = (data["images"][chosen[:3]].astype(np.float32) - 128) / 128
     logits = np.float64(jax.jit(partial(model.apply, train=False))(state.variables, images))
     log_softmax = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -191,7 +192,7 @@ def test_streams_of_randomness_differ_by_seed_and_name():
 
 def test_the_first_state_is_the_seeds(network):
     model, *_, state, _ = network
-    other = states.initialize(model, OPTIMIZER, 1, (1, 8, 8, 1))
+    other = states.initialize(model, OPTIMIZER, 1, jnp.zeros((1, 8, 8, 1)))
     for name, array in states.flatten(state).items():
         drawn = name.endswith("kernel") and name.startswith("params")
         assert np.array_equal(array, states.flatten(other)[name]) != drawn, name
