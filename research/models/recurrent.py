@@ -127,7 +127,12 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, carry: Any = None, mask: jax.Array | None = None, nudge: jax.Array | None = None
+        self,
+        x: jax.Array,
+        carry: Any = None,
+        mask: jax.Array | None = None,
+        starts: jax.Array | None = None,
+        nudge: jax.Array | None = None,
     ) -> tuple[Any, jax.Array]:
         """The last carry, and outputs `[batch, time, n]` of x `[batch, time, features]`.
 
@@ -135,6 +140,7 @@ class Recurrent(nn.Module):
           x: the sequence.
           carry: before the first step; zeros when None.
           mask: `[batch, time]` bool, False where a sequence has ended: zero output there, the carry stays.
+          starts: `[batch, time]` bool, True where a sequence begins: what stands before it in the row is forgotten.
           nudge: `[batch, time, n]`, added to the hidden states; its gradient is that at the states.
         """
         n, gates = self.features, self.cell.gates
@@ -155,6 +161,7 @@ class Recurrent(nn.Module):
             a,
             hidden=self.cell.hidden,
             mask=None if mask is None else mask.T,
+            starts=None if starts is None else starts.T,
             reverse=self.reverse,
             kernel_inside=self.cell.kernel_inside,
             segment=self.segment,

@@ -41,7 +41,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, carries: Any = None, mask: jax.Array | None = None
+        self, x: jax.Array, carries: Any = None, mask: jax.Array | None = None, starts: jax.Array | None = None
     ) -> tuple[tuple[Any, ...], jax.Array]:
         """The last carries, one a layer and direction, and the top outputs `[batch, time, features]`.
 
@@ -49,6 +49,7 @@ class Stack(nn.Module):
           x: `[batch, time, inputs]`.
           carries: of an earlier call, which this one continues; zeros when None. Only of one direction.
           mask: `[batch, time]` bool, False where a sequence has ended.
+          starts: `[batch, time]` bool, True where a sequence begins: a row may hold several.
         """
         if self.depth not in DEPTHS:
             raise ValueError(f"depth {self.depth!r} is unknown: choose from {', '.join(DEPTHS)}")
@@ -70,7 +71,7 @@ class Stack(nn.Module):
                     segment=self.segment,
                     name=f"layer{number}{'_reverse' if reverse else ''}",
                 )
-                carry, y = layer(x, None if carries is None else carries[number - 1], mask)
+                carry, y = layer(x, None if carries is None else carries[number - 1], mask, starts)
                 last.append(carry)
                 outputs.append(y)
             x = jnp.concatenate(outputs, axis=-1)

@@ -33,6 +33,7 @@ def recur(
     *,
     hidden: Callable[[Carry], jax.Array] = lambda h: h,
     mask: jax.Array | None = None,
+    starts: jax.Array | None = None,
     reverse: bool = False,
     kernel_inside: bool = False,
     segment: int | None = None,
@@ -51,6 +52,9 @@ def recur(
       hidden: the carry's part that is multiplied by U and put out.
       mask: `[time, batch]` bool, False where a sequence has no element: the carry passes unchanged and the output is
         zero there, so the last carry is that of the last valid step.
+      starts: `[time, batch]` bool, True where a sequence begins: several may stand behind each other in one row. The
+        carry before that step is zero, masked or not, and no gradient goes across. In reverse it is zero before a
+        sequence's last element, the step whose next time is a start; `carry` stands behind the last time of all.
       reverse: walks from the last time to the first; outputs stand at their own times.
       kernel_inside: the step multiplies by U itself: `step(carry, a_t, U, parameters)`. Its gradient is accumulated in
         the loop. Differentiable in forward mode too; the other kind only in reverse mode, any number of times.
@@ -69,16 +73,20 @@ def recur(
         mask = jnp.ones((time, 1), bool)
     else:
         chex.assert_shape(mask, (time, batch))
+    if starts is not None:
+        chex.assert_shape(starts, (time, batch))
+        if reverse:  # from where each sequence begins to where it ends
+            starts = jnp.concatenate([starts[1:], jnp.zeros_like(starts[:1])])[::-1]
     if nudge is not None:
         a, step = jnp.concatenate([a, nudge], axis=-1), _nudged(step, hidden, kernel.shape[0])
     if reverse:
         a, mask = a[::-1], mask[::-1]
     loop = functools.partial(_loop_inside if kernel_inside else _loop, step, hidden)
     if segment is None or segment >= time:
-        carry, outputs = loop(kernel, parameters, carry, a, mask)
+        carry, outputs = loop(kernel, parameters, carry, a, mask, starts)
     else:
         carry, outputs = scan_in_segments(
-            lambda carry, inputs: loop(kernel, parameters, carry, *inputs), carry, (a, mask), size=segment
+            lambda carry, inputs: loop(kernel, parameters, carry, *inputs), carry, (a, mask, starts), size=segment
         )
     return carry, outputs[::-1] if reverse else outputs
 
@@ -94,6 +102,11 @@ def _nudged(step, hidden, n):
     return nudged
 
 
+def _reset(start, carry):
+    """Zeros where `start` `[batch]` says so; linear and its own transpose, so that gradients go through it too."""
+    return carry if start is None else jax.tree.map(lambda leaf: jnp.where(start[:, None], 0, leaf), carry)
+
+
 def _masked(step, mask, carry, *arguments):
     """One step where the mask says so; `mask` is `[batch]` or `[1]`."""
     return jax.tree.map(lambda new, old: jnp.where(mask[:, None], new, old), step(carry, *arguments), carry)
@@ -103,39 +116,40 @@ def _output(hidden, carry, mask):
     return jnp.where(mask[:, None], hidden(carry), 0)
 
 
-def _loop_inside(step, hidden, kernel, parameters, carry, a, mask):
+def _loop_inside(step, hidden, kernel, parameters, carry, a, mask, starts):
     def body(carry, inputs):
-        a, mask = inputs
-        carry = _masked(step, mask, carry, a, kernel, parameters)
+        a, mask, start = inputs
+        carry = _masked(step, mask, _reset(start, carry), a, kernel, parameters)
         return carry, _output(hidden, carry, mask)
 
-    return lax.scan(body, carry, (a, mask))
+    return lax.scan(body, carry, (a, mask, starts))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _loop(step, hidden, kernel, parameters, carry, a, mask):
-    return _forward(step, hidden, kernel, parameters, carry, a, mask)[0]
+def _loop(step, hidden, kernel, parameters, carry, a, mask, starts):
+    return _forward(step, hidden, kernel, parameters, carry, a, mask, starts)[0]
 
 
-def _forward(step, hidden, kernel, parameters, carry, a, mask):
+def _forward(step, hidden, kernel, parameters, carry, a, mask, starts):
     def body(carry, inputs):
-        a, mask = inputs
+        a, mask, start = inputs
+        carry = _reset(start, carry)
         new = _masked(step, mask, carry, a, hidden(carry) @ kernel, parameters)
         return new, (_output(hidden, new, mask), carry)
 
-    last, (outputs, before) = lax.scan(body, carry, (a, mask))
-    return (last, outputs), (kernel, parameters, before, a, mask)
+    last, (outputs, before) = lax.scan(body, carry, (a, mask, starts))
+    return (last, outputs), (kernel, parameters, before, a, mask, starts)
 
 
 def _backward(step, hidden, saved, gradients):
-    kernel, parameters, before, a, mask = saved
+    kernel, parameters, before, a, mask, starts = saved
     last, outputs = gradients
     states = jax.vmap(hidden)(before)  # h_{t-1}, [time, batch, n]
     r = states @ kernel
 
     def body(accumulated, inputs):
         carry_gradient, parameter_gradient = accumulated
-        output_gradient, carry, a, r, mask = inputs
+        output_gradient, carry, a, r, mask, start = inputs
 
         def one(carry, a, r, parameters):
             new = _masked(step, mask, carry, a, r, parameters)
@@ -145,15 +159,15 @@ def _backward(step, hidden, saved, gradients):
         carry_gradient, a_gradient, r_gradient, own = pull_back((carry_gradient, output_gradient))
         _, pull_back = jax.vjp(hidden, carry)
         through_kernel = pull_back(r_gradient @ kernel.T)[0]
-        carry_gradient = jax.tree.map(jnp.add, carry_gradient, through_kernel)
+        carry_gradient = _reset(start, jax.tree.map(jnp.add, carry_gradient, through_kernel))
         return (carry_gradient, jax.tree.map(jnp.add, parameter_gradient, own)), (a_gradient, r_gradient)
 
-    start = last, jax.tree.map(jnp.zeros_like, parameters)
+    end = last, jax.tree.map(jnp.zeros_like, parameters)
     (carry_gradient, parameter_gradient), (a_gradient, r_gradient) = lax.scan(
-        body, start, (outputs, before, a, r, mask), reverse=True
+        body, end, (outputs, before, a, r, mask, starts), reverse=True
     )
     kernel_gradient = jnp.einsum("tbn,tbk->nk", states, r_gradient)
-    return kernel_gradient, parameter_gradient, carry_gradient, a_gradient, None
+    return kernel_gradient, parameter_gradient, carry_gradient, a_gradient, None, None
 
 
 _loop.defvjp(_forward, _backward)

@@ -71,6 +71,18 @@ def test_a_carried_state_continues_the_sequence():
         both.init(KEY, X, carries)
 
 
+def test_a_packed_row_is_its_sequences_alone():
+    model = Stack(CELLS["tanh"](), (4,), bidirectional=True)
+
+    @jax.jit
+    def packed_and_alone(starts):
+        variables = model.init(KEY, X)
+        alone = [model.apply(variables, piece)[1] for piece in (X[:, :3], X[:, 3:])]
+        return model.apply(variables, X, starts=starts)[1], jnp.concatenate(alone, axis=1)
+
+    close(*packed_and_alone(jnp.zeros((BATCH, TIME), bool).at[:, 3].set(True)))
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_one_output_is_that_of_each_sequence_alone(bidirectional):
     model = SequenceToOne(stack(bidirectional=bidirectional), OUTPUTS)

@@ -1,4 +1,4 @@
-"""The scan over time: equal to a loop in Python, by every option; masks, segments, memory; parity with PyTorch."""
+"""The scan over time: equal to a loop in Python, by every option; masks, packing, segments, memory; PyTorch."""
 
 from functools import partial
 
@@ -121,6 +121,34 @@ def test_a_masked_batch_equals_its_sequences_one_by_one(name):
             np.testing.assert_allclose(outputs[:length, n], expected[:, 0], rtol=1e-12)
             np.testing.assert_array_equal(outputs[length:, n], 0)
             assert_equal(jax.tree.map(lambda x, n=n: x[n : n + 1], last), end, 1e-12)
+
+
+# Sequences in a row: (row, first time, length). The first one begins in an earlier piece; row 1 has a gap and an end.
+PACKED = ((0, 0, 3), (0, 3, 1), (0, 4, 7), (1, 0, 4), (1, 5, 3), (2, 0, 4), (2, 4, 7))
+FIRST, LAST = [0, 3, 5], [2, 4, 6]  # of each row
+
+
+@pytest.mark.parametrize("name", ["tanh", "lstm", "gru after", "gru before"])
+@pytest.mark.parametrize("options", [{"segment": 4}, {"reverse": True}], ids=["segments", "reverse"])
+def test_a_packed_batch_equals_its_sequences_one_by_one(name, options):
+    rows, begins, lengths = np.array(PACKED).T
+    valid = np.arange(TIME)[:, None] < lengths
+    times = np.minimum(np.arange(TIME)[:, None] + begins, TIME - 1)  # of each sequence, where it is valid
+    places = times[valid], np.broadcast_to(rows, valid.shape)[valid]
+    mask, starts = np.zeros((2, TIME, BATCH), bool)
+    mask[places] = True
+    starts[begins[1:], rows[1:]] = True
+    reverse = "reverse" in options
+    continuing = np.isin(np.arange(len(PACKED)), LAST if reverse else 0)[:, None]
+
+    def apart(name, kernel, own, carry, a):
+        carry = jax.tree.map(lambda leaf: jnp.where(continuing, leaf[rows], 0), carry)
+        last, outputs = scanned(name, kernel, own, carry, a[times, rows], mask=valid, reverse=reverse)
+        ends = jax.tree.map(lambda leaf: leaf[np.array(FIRST if reverse else LAST)], last)
+        return ends, jnp.zeros((TIME, BATCH, N), a.dtype).at[places].set(outputs[valid])
+
+    packed = partial(scanned, mask=mask, starts=starts, **options)
+    assert_equal(*(value_and_gradients(run, name) for run in (packed, apart)))
 
 
 @each
