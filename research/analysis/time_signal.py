@@ -6,6 +6,7 @@ is `research.analysis.signal`. Source: Hochreiter 1991; Bengio et al. 1994; Pasc
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,24 +14,33 @@ import jax.numpy as jnp
 
 
 def state_gradient_norms(
-    layer: Any, variables: Any, x: jax.Array, loss: Callable[[jax.Array], jax.Array]
-) -> list[float]:
-    """The L2 norm of dL/dh_t, through all that comes after t, for every time; the mean over the batch.
+    layer: Any,
+    params: Any,
+    x: jax.Array,
+    loss: Callable[[Any, jax.Array], jax.Array],
+    of_layer: Callable[[Any], Any] = lambda params: params,
+) -> list[list[float]]:
+    """The L2 norm of dL/dh_t, through all that comes after t, for every seed and time; the mean over the batch.
 
     Args:
       layer: a `research.models.recurrent.Recurrent`.
-      variables: of the layer.
-      x: `[batch, time, features]`.
-      loss: of the outputs `[batch, time, n]`, a scalar that is a sum over the batch.
+      params: of the whole model, each leaf with a leading axis over seeds.
+      x: `[batch, time, features]`, what the layer reads, one for all seeds.
+      loss: `(params, outputs) -> scalar` of one seed, with outputs `[batch, time, n]` of the layer: what the rest of
+        the model makes of them. A sum over the batch.
+      of_layer: picks the layer's parameters out of the model's.
 
     Returns:
-      `[time]` numbers, the first time first.
+      `[seeds][time]` numbers, the first time first.
     """
 
     @jax.jit
-    def norms(variables, x):
-        zeros = jnp.zeros((*x.shape[:2], layer.features))
-        gradient = jax.grad(lambda nudge: loss(layer.apply(variables, x, nudge=nudge)[1]))(zeros)
-        return jnp.sqrt(jnp.square(gradient).sum(axis=-1)).mean(axis=0)
+    @partial(jax.vmap, in_axes=(0, None))
+    def norms(params, x):
+        def nudged(nudge):
+            return loss(params, layer.apply({"params": of_layer(params)}, x, nudge=nudge)[1])
 
-    return [float(norm) for norm in jax.device_get(norms(variables, x))]
+        gradient = jax.grad(nudged)(jnp.zeros((*x.shape[:2], layer.features)))
+        return jnp.linalg.norm(gradient, axis=-1).mean(axis=0)
+
+    return jax.device_get(norms(params, x)).tolist()
