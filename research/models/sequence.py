@@ -91,11 +91,16 @@ class SequenceToSequence(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, carries: Any = None, mask: jax.Array | None = None, *, train: bool = False
-    ) -> tuple[Any, jax.Array]:
-        """The last carries, and outputs `[batch, time, outputs]` of x `[batch, time, inputs]`."""
-        carries, states = self.stack(x, carries, mask)
-        return carries, nn.Dense(self.outputs, name="head")(states)
+        self,
+        x: jax.Array,
+        mask: jax.Array | None = None,
+        starts: jax.Array | None = None,
+        *,
+        train: bool = False,
+    ) -> jax.Array:
+        """Outputs `[batch, time, outputs]` of x `[batch, time, inputs]`; mask and starts as in `Stack`."""
+        _, states = self.stack(x, None, mask, starts)
+        return nn.Dense(self.outputs, name="head")(states)
 
 
 class SequenceToOne(nn.Module):
