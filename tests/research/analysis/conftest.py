@@ -1,7 +1,9 @@
-"""Finished runs, made by hand as the trainer makes them."""
+"""Finished runs, made by hand as the trainer makes them, and what every figure is held to."""
 
+import matplotlib
 import pytest
 
+from research.analysis import figures  # before pyplot: it chooses a backend that needs no display
 from research.analysis.results import read_run
 from research.files import write_json_atomic
 from research.training import run_folder
@@ -49,3 +51,25 @@ def grid(make_run):
                 result = {"failure": "diverged", "failed_at_step": 3} if diverged else None
                 runs.append(make_run(f"{block}-{depth}-{seed}", config, errors, result, signal=signal))
     return runs
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Draws a figure as a report does, with warnings as errors; nothing of it lies outside or over another part."""
+
+    def check(figure):
+        (legend,) = figure.legends or [None]
+        figure.canvas.draw()
+        if legend is not None:
+            box = legend.get_window_extent()
+            assert min(box.x0, box.y0, figure.bbox.x1 - box.x1) >= 0
+            assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
+        assert all(path.stat().st_size for path in figures.save(figure, tmp_path / "figure", {}))
+
+    return check

@@ -167,12 +167,6 @@ def lines(axis):
     return [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines() if len(line.get_xdata())]
 
 
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
-
-
 def legend_texts(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 

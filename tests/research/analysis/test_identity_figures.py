@@ -3,19 +3,10 @@
 import dataclasses
 import math
 
-import matplotlib
 import pytest
 from matplotlib.colors import to_hex
 
-from research.analysis import figures, signal_figures  # before pyplot: it chooses a backend that needs no display
-
-plt = matplotlib.pyplot
-
-
-@pytest.fixture(autouse=True)
-def close_figures():
-    yield
-    plt.close("all")
+from research.analysis import figures, signal_figures
 
 
 @pytest.fixture
@@ -43,17 +34,6 @@ def legend_texts(figure):
     return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
-def saved(figure, folder):
-    """Draws the figure as a report does, with warnings as errors; nothing of it lies outside or over another part."""
-    (legend,) = figure.legends or [None]
-    figure.canvas.draw()
-    if legend is not None:
-        box = legend.get_window_extent()
-        assert min(box.x0, box.y0, figure.bbox.x1 - box.x1) >= 0
-        assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
-    assert all(path.stat().st_size for path in figures.save(figure, folder / "figure", {}))
-
-
 # Rows of numbers
 
 
@@ -61,7 +41,7 @@ PAPER = ("paper", [6.61, 8.7, None])
 METRICS = {"train_error": "training", "test_error": "test"}
 
 
-def test_ranked_shows_every_run_its_mean_and_the_papers_number(variants, tmp_path):
+def test_ranked_shows_every_run_its_mean_and_the_papers_number(variants, saved):
     figure = figures.ranked(variants, METRICS, PAPER, "a title")
     assert [axis.get_title() for axis in figure.axes] == ["training", "test", "paper"]
     assert {axis.get_xlabel() for axis in figure.axes} == {"error (%)"} and figure.get_suptitle() == "a title"
@@ -87,20 +67,20 @@ def test_ranked_shows_every_run_its_mean_and_the_papers_number(variants, tmp_pat
     last = figure.axes[-1]
     assert lines(last) == [([6.61], [0]), ([8.7], [1])]
     assert [(text.get_text(), text.xy[1]) for text in last.texts] == [("fail (> 20%)", 2)]
-    saved(figure, tmp_path)
+    saved(figure)
 
 
 @pytest.mark.parametrize("name", ["gate", "dropout"])
-def test_ranked_of_one_kind_of_unit(variants, tmp_path, name):
+def test_ranked_of_one_kind_of_unit(variants, saved, name):
     figure = figures.ranked({name: variants[name]}, METRICS, ("paper", [None]), "a title")
     assert [text.get_text() for text in figure.axes[-1].texts] == ["fail (> 20%)"]
-    saved(figure, tmp_path)
+    saved(figure)
 
 
 # Curves
 
 
-def test_mean_curves_are_means_and_ranges_of_what_all_runs_have(variants, tmp_path):
+def test_mean_curves_are_means_and_ranges_of_what_all_runs_have(variants, saved):
     figure = figures.mean_curves(variants, "error", "training loss", "a title")
     (axis,) = figure.axes
     assert (axis.get_title(), axis.get_xlabel(), axis.get_ylabel()) == ("a title", "step", "training loss")
@@ -113,13 +93,13 @@ def test_mean_curves_are_means_and_ranges_of_what_all_runs_have(variants, tmp_pa
         at_end = ends[ends[:, 0] == ends[:, 0].max()][:, 1]
         assert (at_end.min(), at_end.max()) == pytest.approx((low, high))
     assert legend_texts(figure) == ["original (n = 3)", "gate (n = 3)"]
-    saved(figure, tmp_path)
+    saved(figure)
 
 
-def test_a_mean_curve_of_one_run_and_of_none(variants, tmp_path):
+def test_a_mean_curve_of_one_run_and_of_none(variants, saved, tmp_path):
     single = figures.mean_curves({"gate": variants["gate"][:1]}, "error", "loss", "a title")
     assert lines(single.axes[0]) == [([10, 20, 30], [0.9, 0.5, 0.3])]
-    saved(single, tmp_path)
+    saved(single)
     empty = figures.mean_curves({"dropout": variants["dropout"]}, "error", "loss", "a title")
     assert lines(empty.axes[0]) == [] and legend_texts(empty) == []
     assert all(path.stat().st_size for path in figures.save(empty, tmp_path / "empty", {}))
@@ -132,7 +112,7 @@ def test_mean_curves_of_seeds_trained_at_once(make_run):
     assert lines(figure.axes[0]) == [([1, 2], [3.0, 2.0])] and legend_texts(figure) == ["lstm (n = 2)"]
 
 
-def test_layer_responses_in_order_and_sorted(tmp_path):
+def test_layer_responses_in_order_and_sorted(saved):
     responses = {"plain, 20 layers": [1.0, 3.0, 2.0], "residual, 56 layers": [0.5, 0.25]}
     figure = signal_figures.layer_responses(responses)
     ordered, by_size = figure.axes
@@ -141,19 +121,16 @@ def test_layer_responses_in_order_and_sorted(tmp_path):
     assert [axis.get_title() for axis in figure.axes] == ["in order of depth", "sorted by size"]
     assert ordered.get_ylabel() == "std of the response after BN" and ordered.get_ylim()[0] == 0
     assert legend_texts(figure) == list(responses)
-    saved(figure, tmp_path)
+    saved(figure)
 
 
-def test_legends_of_a_whole_table_fit_below_the_panels(tmp_path):
+def test_legends_of_a_whole_table_fit_below_the_panels(saved):
     """The depth ablation's ten networks, and the eleven rows of He et al. 2016, Table 1."""
     networks = [f"{block}, {depth} layers" for depth in (20, 32, 44, 56, 110) for block in ("residual", "plain")]
-    saved(signal_figures.layer_responses({name: [3.0, 1.0] for name in networks}), tmp_path)
+    saved(signal_figures.layer_responses({name: [3.0, 1.0] for name in networks}))
     moment = {name: [2.0, 1.0] for name in ("output_variance", "weight_gradient_norm", "block_input_gradient_norm")}
     labels = [f"shortcut-only gate, b = -{number}" for number in range(11)]
-    saved(
-        signal_figures.signal_propagation({label: {"initial": moment, "final": moment} for label in labels}, 110),
-        tmp_path,
-    )
+    saved(signal_figures.signal_propagation({label: {"initial": moment, "final": moment} for label in labels}, 110))
 
 
 # Identities
@@ -162,7 +139,7 @@ def test_legends_of_a_whole_table_fit_below_the_panels(tmp_path):
 PANELS = ("gradient_norm", "shortcut_gradient_norm", "jacobian_gain", "shortcut_jacobian_gain")
 
 
-def test_identities_are_means_over_seeds_unit_by_unit(make_run, tmp_path):
+def test_identities_are_means_over_seeds_unit_by_unit(make_run, saved):
     def run(name, seed, factor):
         values = {panel: [factor * k * (1 + seed) for k in (1.0, 2.0, 4.0)] for k, panel in enumerate(PANELS)}
         return make_run(f"{name}-{seed}", {}, [], values)
@@ -177,9 +154,9 @@ def test_identities_are_means_over_seeds_unit_by_unit(make_run, tmp_path):
         assert all(map(math.isnan, nothing))  # 0 has no place on a logarithmic scale
         assert (axis.get_yscale(), axis.get_xlabel()) == ("log", "unit l")
     assert legend_texts(figure) == ["identity", "zero"]
-    saved(figure, tmp_path)
+    saved(figure)
     alone = signal_figures.identities({"zero": kinds["zero"]}, "a title")
-    saved(alone, tmp_path)
+    saved(alone)
 
 
 def test_each_panel_of_identities_shows_its_own_statistic(make_run):
@@ -194,7 +171,7 @@ def test_each_panel_of_identities_shows_its_own_statistic(make_run):
 # Memory
 
 
-def test_memory_against_depth_with_a_guide_a_group(make_run, tmp_path):
+def test_memory_against_depth_with_a_guide_a_group(make_run, saved):
     def run(name, depth, gib):
         return make_run(f"{name}-{depth}", {}, [], {"temporary_bytes": int(gib * 2**30)})
 
@@ -215,7 +192,7 @@ def test_memory_against_depth_with_a_guide_a_group(make_run, tmp_path):
     assert texts == ["kept", "proportional to depth", "again", "proportional to its square root"]
     colours = [to_hex(line.get_color()).upper() for line in axis.get_lines()]
     assert (colours[0], colours[2]) == figures.COLOURS[:2]
-    saved(figure, tmp_path)
+    saved(figure)
     # The legend stands inside, where it hides no point.
     box = axis.get_legend().get_window_extent()
     assert not any(
@@ -224,4 +201,4 @@ def test_memory_against_depth_with_a_guide_a_group(make_run, tmp_path):
     # Alone, the second keeps its own guide.
     alone = signal_figures.memory_against_depth({"again": {164: groups["again"][164]}}, {"again": 0.5}, "a title")
     assert [text.get_text() for text in alone.axes[0].get_legend().get_texts()][1] == "proportional to its square root"
-    saved(alone, tmp_path)
+    saved(alone)
