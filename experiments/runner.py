@@ -104,7 +104,8 @@ def _define_flag(field: dataclasses.Field, script: Mapping[str, str]) -> None:
     if kind.startswith("tuple"):
         if choices:
             help_text += f" Any of: {', '.join(choices)}."
-        flags.DEFINE_list(field.name, [str(value) for value in field.default], help_text, **script)
+        default = None if field.default is None else [str(value) for value in field.default]
+        flags.DEFINE_list(field.name, default, help_text, **script)
     elif choices:
         flags.DEFINE_enum(field.name, field.default, choices, help_text, **script)
     else:
