@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 
 from research.data import files
-from research.errors import CarouselError
+from research.errors import CarouselError, UsageError
 
 NOTES = 88
 # Name -> file.
@@ -77,10 +77,37 @@ def _check(sequence: np.ndarray, where: str) -> None:
         raise CarouselError(f"{where} has other values than 0 and 1: expected a piano roll; get the file again")
 
 
-def padded(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences of unequal lengths as one array `[sequences, longest, 88]` uint8, and their lengths `[sequences]`."""
-    lengths = np.asarray([len(sequence) for sequence in sequences], np.int32)
-    rolls = np.zeros((len(sequences), lengths.max(), NOTES), np.uint8)
-    for roll, sequence in zip(rolls, sequences, strict=True):
-        roll[: len(sequence)] = sequence
-    return rolls, lengths
+def packed(sequences: list[np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Sequences of unequal lengths behind each other in rows: each whole in one row, padding at the rows' ends alone.
+
+    First-fit decreasing: the longest first, each into the first row that has room for it.
+
+    Args:
+      sequences: `[frames, 88]` each.
+      length: frames of a row.
+
+    Returns:
+      `rolls` uint8 `[rows, length, 88]`; `starts` bool `[rows, length]`, True at the first frame of each sequence;
+      `valid` bool `[rows, length]`, True at frames of a sequence.
+
+    Raises:
+      UsageError: a sequence is longer than a row.
+    """
+    longest = max(map(len, sequences))
+    if longest > length:
+        raise UsageError(
+            f"a sequence of {longest} frames does not fit a row of {length}: give rows of {longest} or more"
+        )
+    used, places = [], []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        row = next((n for n, frames in enumerate(used) if frames + len(sequence) <= length), len(used))
+        if row == len(used):
+            used.append(0)
+        places.append((row, used[row], sequence))
+        used[row] += len(sequence)
+    rolls = np.zeros((len(used), length, NOTES), np.uint8)
+    starts = np.zeros((len(used), length), bool)
+    for row, first, sequence in places:
+        rolls[row, first : first + len(sequence)] = sequence
+        starts[row, first] = True
+    return {"rolls": rolls, "starts": starts, "valid": np.arange(length) < np.asarray(used)[:, None]}

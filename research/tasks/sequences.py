@@ -1,7 +1,8 @@
 """Tasks on sequences: a number for each, a class for each, a symbol a step, the next frame of music.
 
 Each is a loss and an evaluation, pure functions as in `research.tasks.classification`: `apply(variables, inputs, ...)`
-is the model, batches are dictionaries, and evaluation sums over the examples whose `mask` is 1.
+is the model, inputs an array or a dictionary of its named arguments; batches are dictionaries, and evaluation sums
+over the examples whose `mask` is 1.
 """
 
 from collections.abc import Callable
@@ -95,31 +96,30 @@ def next_frame(apply: Apply) -> Task:
     The loss is summed over notes and averaged over all predicted frames, as the published tables do: in evaluation over
     those of the whole split (`weight`), in training over those of the batch.
 
-    A batch has `rolls` `[batch, longest, notes]` of 0 and 1 and `lengths` `[batch]`, at least 2; the model is called as
-    `apply(variables, (x, valid), ...)` with x `[batch, longest - 1, notes]` and valid `[batch, longest - 1]`.
+    A batch has `rolls` `[batch, time, notes]` of 0 and 1, `starts` and `valid` `[batch, time]` bool, as
+    `research.data.music.packed` gives them: frame t is asked for the next one where that is of the same sequence. The
+    model reads named arguments, x `[batch, time, notes]` and starts and mask `[batch, time]`.
     """
 
-    def frames(batch):
-        rolls = batch["rolls"].astype(jnp.float32)
-        valid = jnp.arange(rolls.shape[1] - 1) < batch["lengths"][:, None] - 1
-        return rolls[:, :-1], rolls[:, 1:], valid
+    def inputs(batch):
+        return {"x": batch["rolls"].astype(jnp.float32), "starts": batch["starts"], "mask": batch["valid"]}
 
-    def losses(logits, targets, valid):
-        each = optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
-        return (each * valid).sum(axis=1), valid.sum(axis=1).astype(jnp.float32)
+    def losses(logits, batch):
+        chex.assert_equal_shape([logits, batch["rolls"]])
+        each = optax.sigmoid_binary_cross_entropy(logits[:, :-1], batch["rolls"][:, 1:]).sum(axis=-1)
+        predicted = (batch["valid"] & ~batch["starts"])[:, 1:]
+        return (each * predicted).sum(axis=1), predicted.sum(axis=1).astype(jnp.float32)
 
     def loss(variables, batch, keys, key=None):
-        x, targets, valid = frames(batch)
-        logits, collections = apply(variables, (x, valid), train=True, key=key)
-        sums, counts = losses(logits, targets, valid)
+        logits, collections = apply(variables, inputs(batch), train=True, key=key)
+        sums, counts = losses(logits, batch)
         value = sums.sum() / counts.sum()
         return value, (collections, {"loss": value})
 
     def evaluate(variables, batch):
-        x, targets, valid = frames(batch)
-        logits, _ = apply(variables, (x, valid), train=False)
-        sums, counts = losses(logits, targets, valid)
+        logits, _ = apply(variables, inputs(batch), train=False)
+        sums, counts = losses(logits, batch)
         mask = batch["mask"]
         return {"loss": (sums * mask).sum(), "weight": (counts * mask).sum(), "count": mask.sum()}
 
-    return Task(loss, evaluate, frames)
+    return Task(loss, evaluate, inputs)

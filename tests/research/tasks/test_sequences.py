@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.data import music
 from research.data import sequences as data
 from research.models.recurrent import CELLS
-from research.models.sequence import SequenceToOne, Stack
+from research.models.sequence import SequenceToOne, SequenceToSequence, Stack
 from research.tasks import sequences
 from research.training import loop, optimizers, run_folder
 from research.training.progress import Reporter
@@ -31,9 +32,9 @@ def giving(outputs):
 
 def evaluated(task, batch, mask):
     sums = jax.device_get(task.evaluate({}, batch | {"mask": np.float32(mask)}))
-    weight = sums.pop("weight", sums["count"])
-    assert sums.pop("count") == sum(mask)
-    return {name: value / weight for name, value in sums.items()}
+    count = sums.pop("count")
+    assert count == sum(mask)
+    return {name: value / count for name, value in sums.items()}
 
 
 def test_regression():
@@ -82,25 +83,33 @@ def test_guessing_gives_the_baseline_of_copy_memory():
     assert evaluated(task, batch, [1] * 20 + [0] * 30)["loss"] == pytest.approx(float(value), rel=1e-5)
 
 
-def test_music_counts_every_predicted_frame_once():
-    lengths = np.array([4, 2, 3])
-    rolls = RANDOM.integers(0, 2, (3, 5, 6)).astype(np.uint8)  # behind a sequence's end there may stand anything
-    logits = RANDOM.standard_normal((3, 4, 6))
-    task = sequences.next_frame(giving(logits))
-    batch = {"rolls": rolls, "lengths": lengths}
+def test_music_predicts_within_each_sequence_as_if_it_were_alone():
+    rolls = [RANDOM.integers(0, 2, (frames, music.NOTES)).astype(np.uint8) for frames in (2, 5, 3, 2, 4)]
+    batch = music.packed(rolls, 7)
+    rows = [[1, 0], [4, 2], [3]]  # of those sequences
+    model = SequenceToSequence(Stack(CELLS["gru"](), (3,)), music.NOTES)
+    padded = np.stack([np.pad(roll, ((0, 7 - len(roll)), (0, 0))) for roll in rolls])
+    logits, variables = jax.jit(model.init_with_output)(jax.random.key(0), padded.astype(np.float32))
 
-    def by_hand(chosen):
-        frames = [(n, t) for n in chosen for t in range(lengths[n] - 1)]
-        p = 1 / (1 + np.exp(-logits))
-        terms = [np.where(rolls[n, t + 1], p[n, t], 1 - p[n, t]) for n, t in frames]
+    def by_hand(rows):
+        """From the logits of each sequence in a row of its own."""
+        frames = [(n, t) for row in rows for n in row for t in range(len(rolls[n]) - 1)]
+        p = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+        terms = [np.where(rolls[n][t + 1], p[n, t], 1 - p[n, t]) for n, t in frames]
         return -np.log(terms).sum() / len(frames)
 
-    value, (collections, _) = task.loss({}, batch, KEYS)
-    assert float(value) == pytest.approx(by_hand([0, 1, 2]), rel=1e-5)
-    x, valid = collections["seen"]
-    np.testing.assert_array_equal(x, rolls[:, :-1])
-    np.testing.assert_array_equal(valid.sum(axis=1), lengths - 1)
-    assert evaluated(task, batch, [1, 0, 1])["loss"] == pytest.approx(by_hand([0, 2]), rel=1e-5)
+    def apply(variables, inputs, *, train, key=None):
+        return model.apply(variables, **inputs, train=train), {}
+
+    task = sequences.next_frame(apply)
+    value, (_, metrics) = jax.jit(task.loss)(variables, batch, KEYS)
+    assert float(value) == float(metrics["loss"]) == pytest.approx(by_hand(rows), rel=1e-5)
+    evaluate = jax.jit(task.evaluate)
+    for mask in ([1, 1, 1], [1, 0, 1]):
+        sums = evaluate(variables, batch | {"mask": np.float32(mask)})
+        chosen = [row for row, counts in zip(rows, mask, strict=True) if counts]
+        assert sums["weight"] == sum(len(rolls[n]) - 1 for row in chosen for n in row) and sums["count"] == sum(mask)
+        assert float(sums["loss"] / sums["weight"]) == pytest.approx(by_hand(chosen), rel=1e-5)
 
 
 def test_a_gated_network_learns_to_add_through_the_trainer(tmp_path):
