@@ -177,6 +177,7 @@ def test_dropout_stands_before_every_layer_and_the_head_and_scales_what_it_keeps
     p = 0.75**3
     sigma = (4 / 3) ** 3 * math.sqrt(p * (1 - p) / n)
     assert np.ptp(logits, axis=-1).max() < 1e-5 and np.abs(logits - 1).max() < 5 * sigma
+    assert np.abs(logits[:, -1, 0] - two.mean(axis=-1)).min() > 1e-3  # the head's own mask
     assert len(np.unique(logits[..., 0])) > TIME  # another mask at every step
 
 
