@@ -18,6 +18,7 @@ from research.errors import UsageError
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "tanh": ("tanh", {}),
     "relu": ("relu", {}),
+    "sigmoid": ("sigmoid", {}),
     "irnn": ("irnn", {}),
     "leaky": ("leaky", {}),
     "lstm": ("lstm", {}),
@@ -31,6 +32,7 @@ NGRAM = "4-gram"
 LABELS = {
     "tanh": "tanh",
     "relu": "ReLU",
+    "sigmoid": "sigmoid",
     "irnn": "IRNN",
     "leaky": "leaky",
     "lstm": "LSTM",

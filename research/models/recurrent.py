@@ -45,8 +45,8 @@ class Cell:
 
 
 def vanilla(activation: str = "tanh") -> Cell:
-    """tanh or ReLU units, orthogonal recurrent weights."""
-    act = {"tanh": jnp.tanh, "relu": nn.relu}[activation]
+    """tanh, ReLU or sigmoid units, orthogonal recurrent weights."""
+    act = {"tanh": jnp.tanh, "relu": nn.relu, "sigmoid": nn.sigmoid}[activation]
     return Cell(1, lambda h, a, r, _: recurrent.vanilla_step(h, a, r, activation=act))
 
 
@@ -100,6 +100,7 @@ def mgu() -> Cell:
 CELLS = {
     "tanh": vanilla,
     "relu": partial(vanilla, "relu"),
+    "sigmoid": partial(vanilla, "sigmoid"),
     "irnn": irnn,
     "leaky": leaky,
     "lstm": lstm,

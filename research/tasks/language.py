@@ -13,8 +13,7 @@ def next_token(apply: Apply) -> Task:
 
         loss = -sum_t log softmax(f(w_1 ... w_t))[w_{t+1}] / number of t
 
-    In evaluation the mean is over the whole split (`weight`), in training over the batch; where that is split over
-    devices, each of them takes the mean over its share.
+    In evaluation the mean is over the whole split, in training over the batch.
 
     A batch has `inputs`, `targets` and `valid` `[batch, time]`, the last False where there is nothing to predict, and
     `first` `[batch]`; it goes on where the one before stopped. The model is called as `model(tokens, first, ...)` and
@@ -32,8 +31,9 @@ def next_token(apply: Apply) -> Task:
     def loss(variables, batch, keys, key=None):
         logits, collections = apply(variables, inputs(batch), train=True, key=key)
         losses, counts = sums(logits, batch)
-        value = losses.sum() / jnp.maximum(counts.sum(), 1)  # a share of the last windows can be padding alone
-        return value, (collections, {"loss": value})
+        weight = counts.sum().astype(losses.dtype)
+        value = losses.sum() / jnp.maximum(weight, 1)  # a device's share of the last windows can be padding alone
+        return value, (collections, {"loss": value, "weight": weight})
 
     def evaluate(variables, batch):
         logits, collections = apply(variables, inputs(batch), train=False)

@@ -94,7 +94,7 @@ def next_frame(apply: Apply) -> Task:
         NLL_t = -sum_notes [y log p + (1 - y) log(1 - p)]        y = frame_{t+1}, p = sigmoid(f(frame_1 ... frame_t))
 
     The loss is summed over notes and averaged over all predicted frames, as the published tables do: in evaluation over
-    those of the whole split (`weight`), in training over those of the batch.
+    those of the whole split, in training over those of the batch.
 
     A batch has `rolls` `[batch, time, notes]` of 0 and 1, `starts` and `valid` `[batch, time]` bool, as
     `research.data.music.packed` gives them: frame t is asked for the next one where that is of the same sequence. The
@@ -113,8 +113,8 @@ def next_frame(apply: Apply) -> Task:
     def loss(variables, batch, keys, key=None):
         logits, collections = apply(variables, inputs(batch), train=True, key=key)
         sums, counts = losses(logits, batch)
-        value = sums.sum() / counts.sum()
-        return value, (collections, {"loss": value})
+        value = sums.sum() / jnp.maximum(counts.sum(), 1)
+        return value, (collections, {"loss": value, "weight": counts.sum()})
 
     def evaluate(variables, batch):
         logits, _ = apply(variables, inputs(batch), train=False)

@@ -16,7 +16,8 @@ class Task:
 
     Attributes:
       loss: `(variables, batch, keys, key) -> (mean loss, (new collections, metrics))`; keys `[batch]`, one an example,
-        and the step's key are the same whatever the number of devices.
+        and the step's key are the same whatever the number of devices. Where the mean is over something else than
+        examples, the metric `weight` is their number.
       evaluate: `(variables, batch) -> sums`: each metric summed over the examples whose `batch["mask"]` is 1, their
         `count`, and where means are over something else than examples its sum as `weight`.
       inputs: `batch -> what the model reads`: an array, or a dictionary of the model's named arguments.

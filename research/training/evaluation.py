@@ -4,15 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.tasks.task import Task
 from research.training import parallel
 from research.training.state import over_seeds
 from research.training.step import Data, make_evaluation
-
-# Examples a call: one compiled program serves every split and every data set.
-_BATCH = 256
 
 
 class Evaluator:
@@ -20,17 +17,24 @@ class Evaluator:
 
     The last batch is padded and the padding masked; that each example counted once is asserted. A task that averages
     over something else than examples, such as frames, sums their number as `weight`. Where a batch goes on from the one
-    before (`Task.carries`), batches have the size of those in training and the collections are handed on.
+    before (`Task.carries`), the collections are handed on.
+
+    Args:
+      task, variables, data: see `research.training.step.make_evaluation`.
+      mesh: the devices.
+      batch_size: examples a call, rounded up to a multiple of the devices.
+      seed: of the run; with several, variables have a leading axis over them.
     """
 
     def __init__(
         self, task: Task, mesh: Mesh, variables: Any, data: Data, *, batch_size: int, seed: int | tuple[int, ...] = 0
     ):
         self._mesh, self._data = mesh, data
-        batch = batch_size if task.carries else _BATCH
-        self._batch = -(-batch // mesh.size) * mesh.size
+        self._batch = -(-batch_size // mesh.size) * mesh.size
         call = over_seeds(make_evaluation(task.evaluate, task.carries), seed, (0, None, None, None))
-        self._call = jax.jit(call).lower(variables, data, *self._place(0, 0)).compile()
+        # What is carried goes into the next call as it came into this one: whole on every device.
+        call = jax.jit(call, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._call = call.lower(variables, data, *self._place(0, 0)).compile()
 
     def _place(self, first, last):
         indices = np.arange(first, first + self._batch, dtype=np.int32)

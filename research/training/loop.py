@@ -23,6 +23,9 @@ from research.training.state import TrainState
 # A checkpoint at least this often, in seconds of wall time; when one is written changes no result.
 _CHECKPOINT_SECONDS = 60.0
 
+# Examples of an evaluation call at most: one compiled program serves every split.
+_EVALUATION_BATCH = 256
+
 
 class Diverged(CarouselError):
     """The loss is not a finite number any more."""
@@ -184,7 +187,8 @@ def train(
     reporter.start(context.label, plan.steps, at)
 
     with timers("compile"):
-        options = {"batch_size": plan.batch_size, "seed": plan.seed}
+        at_once = min(_EVALUATION_BATCH, max(1, splits.validation, splits.test))
+        options = {"batch_size": plan.batch_size if task.carries else at_once, "seed": plan.seed}
         evaluator = Evaluator(evaluated_task, mesh, current.variables, data, **options)
 
     def evaluate(variables, *names):

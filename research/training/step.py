@@ -23,7 +23,8 @@ def make_stretch(
 
     `data` holds the whole data set; `indices` `[steps, batch]` choose the examples of each step. With an axis name it
     is to be mapped over devices: indices hold this device's share of each batch, and gradients and metrics are averaged
-    over the axis. They travel as one vector, since XLA:CPU does not merge collectives.
+    over the axis. They travel as one vector, since XLA:CPU does not merge collectives. Where the loss is a mean over
+    something else than examples, whose number may differ from device to device, a metric `weight` says of how many.
 
     The metrics come back stacked, `[steps]`: the task's own, `gradient_norm` (of the loss without weight decay) and
     `learning_rate`.
@@ -36,7 +37,11 @@ def make_stretch(
         (_, (collections, metrics)), gradients = jax.value_and_grad(
             lambda params: loss({**state.variables, "params": params}, batch, keys, step_key), has_aux=True
         )(state.params)
+        share = metrics.pop("weight", None)
         if axis_name is not None:
+            if share is not None:
+                share = share / lax.pmean(share, axis_name)
+                gradients, metrics = jax.tree.map(lambda x: x * share, (gradients, metrics))
             # The gradient of each device's own loss, averaged after: right because check_vma is off (`parallel`).
             vector, unravel = ravel_pytree((gradients, metrics))
             gradients, metrics = unravel(lax.pmean(vector, axis_name))

@@ -25,11 +25,6 @@ def evaluator(evaluate=count_each, devices=1):
     return evaluation.Evaluator(Task(None, evaluate, None), mesh, two, data, batch_size=8)
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    monkeypatch.setattr(evaluation, "_BATCH", 8)
-
-
 RANGES = [(0, 1), (0, 7), (0, 8), (0, 9), (0, 16), (0, 21), (5, 6), (3, 19), (13, 21), (20, 21)]
 
 
@@ -94,7 +89,6 @@ from research.tasks.classification import classification
 from research.tasks.task import Task
 from research.training import evaluation, optimizers, parallel, state
 
-evaluation._BATCH = 8
 found = {}
 for devices in (1, 2, 5):
     mesh = parallel.make_mesh(devices)
@@ -113,7 +107,6 @@ for devices in (1, 2, 5):
     found[devices] = shards
 assert found == {1: [8], 2: [8], 5: [10]}, found
 
-evaluation._BATCH = 64
 part = digits.load().test  # 300: not a multiple of 64
 model = cifar_resnet(8, "residual", 4, 10)
 mean = part.images.mean(axis=0)
@@ -124,7 +117,7 @@ for devices in (1, 2, 5):
     mesh = parallel.make_mesh(devices)
     place = lambda tree: parallel.replicate(jax.device_get(tree), mesh)
     data, here = place({"images": part.images, "labels": part.labels}), place(variables)
-    errors[devices] = evaluation.Evaluator(task, mesh, here, data, batch_size=8)(here, 0, len(part))
+    errors[devices] = evaluation.Evaluator(task, mesh, here, data, batch_size=64)(here, 0, len(part))
 scores = np.asarray(model.apply(variables, (part.images.astype(np.float32) - mean) / 128, train=False), np.float64)
 wrong = (scores.argmax(-1) != part.labels).mean()
 loss = (np.log(np.exp(scores).sum(-1)) - scores[np.arange(len(part)), part.labels]).mean()

@@ -221,3 +221,69 @@ def test_all_devices_by_default():
 
 def test_only_the_mapped_modes_have_an_axis():
     assert [parallel.axis_name(mode) for mode in ("jit", "pmap", "shard_map")] == [None, "batch", "batch"]
+
+
+# Losses that are means over something else than examples, and state that goes from batch to batch: every device has
+# another number of valid tokens, and its own streams.
+CARRIED = """
+import functools
+import json
+import sys
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_enable_x64", True)
+
+import numpy as np
+
+from research.models import language
+from research.models.recurrent import CELLS
+from research.tasks.language import next_token
+from research.training import optimizers, parallel, state, step
+from research.training.evaluation import Evaluator
+
+random = np.random.RandomState(0)
+STREAMS, TIME, WINDOWS, TOKENS = 8, 4, 3, 7
+shape = (STREAMS * WINDOWS, TIME)
+arrays = {name: random.randint(0, TOKENS, shape).astype(np.int32) for name in ("inputs", "targets")}
+arrays |= {"valid": random.rand(*shape) < 0.6, "first": np.arange(shape[0]) < STREAMS}
+make_model = functools.partial(
+    language.RecurrentLanguageModel, TOKENS, 5, CELLS["lstm"](), (6,), streams=STREAMS, dropout=0.5
+)
+schedule = optimizers.constant(0.5)
+optimizer = optimizers.sgd(schedule, momentum=0.0, clip_norm=0.1)
+task = next_token(state.bind(make_model()))
+inputs = jax.eval_shape(task.inputs, {name: array[:1] for name, array in arrays.items()})
+initial = jax.device_get(state.initialize(make_model(), optimizer, 0, inputs))
+initial = jax.tree.map(lambda x: x.astype(np.float64) if x.dtype == np.float32 else x, initial)
+
+
+def run(mode, devices):
+    mesh, axis = parallel.make_mesh(devices), parallel.axis_name(mode)
+    stretch = step.make_stretch(next_token(state.bind(make_model(axis_name=axis))).loss, optimizer, schedule, axis)
+    place = functools.partial(parallel.replicate, mesh=mesh)
+    current, data, key = place(initial), place(arrays), place(state.stream(0, "augmentation"))
+    rows = step.indices_in_order(0, steps=4, batch_size=STREAMS, examples=shape[0])
+    compiled = parallel.compile_stretch(stretch, mode, mesh, (current, data, rows, key))
+    current, metrics = compiled(current, data, rows, key)
+    evaluated = Evaluator(task, mesh, current.variables, data, batch_size=STREAMS)(current.variables, 0, shape[0])
+    current, metrics = jax.device_get((current, metrics))
+    return state.flatten(current) | metrics | {"evaluated": np.asarray(evaluated["loss"])}
+
+
+reference = run("jit", 1)
+found = {}
+for mode, devices in (("pmap", 2), ("pmap", 4), ("shard_map", 4), ("jit", 4)):
+    here = run(mode, devices)
+    assert here.keys() == reference.keys()
+    found[f"{mode} {devices}"] = max(float(np.abs(here[name] - reference[name]).max()) for name in reference)
+print(json.dumps(found))
+"""
+
+
+def test_a_carried_state_and_uneven_weights_agree_over_devices(commands):
+    result = commands.script(CARRIED, timeout=300, **DEVICES)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert len(found) == 4 and max(found.values()) < 1e-12, found
