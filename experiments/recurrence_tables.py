@@ -35,7 +35,7 @@ PAPER: dict[tuple[str, str, int | None], Scores] = {
 
 DIFFERENCES = {
     "chung2014": (
-        "88 notes (the paper's files had 93 to 108), packed rows of whole sequences, batches of 8 rows; the rate is "
+        "88 notes (the paper's files had 93 to 108), packed rows of whole sequences (batches of 1 to 8 rows); the rate is "
         "given, not drawn ten times; batch size, length of training and initialisation are not in the paper; biases "
         "only at the output"
     ),
