@@ -35,9 +35,9 @@ PAPER: dict[tuple[str, str, int | None], Scores] = {
 
 DIFFERENCES = {
     "chung2014": (
-        "88 notes (the paper's files had 93 to 108), packed rows of whole sequences (batches of 1 to 8 rows); the rate is "
-        "given, not drawn ten times; batch size, length of training and initialisation are not in the paper; biases "
-        "only at the output"
+        "88 notes (the paper's files had 93 to 108); whole sequences packed in rows, batches of 1 to 8 rows; one "
+        "learning rate is given, the paper draws ten and keeps the best; batch size, length of training and "
+        "initialisation are not in the paper; biases only at the output"
     ),
     "bai2018": (
         "constant rates, no annealing; two orders of units for GRU and tanh by parameter count; batches of 8 packed "

@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "muse": {"units": (64,), "batch_size": 8, "epochs": 10, "select": "best"},
         "piano": {"units": (64,), "batch_size": 8, "epochs": 20, "select": "best"},
         "words": {"units": (200,), "batch_size": 20, "time": 35, "epochs": 5, "select": "best"},
-        "characters": {"units": (256,), "batch_size": 32, "time": 100, "epochs": 5, "select": "best"},
+        "characters": {"units": (128,), "batch_size": 32, "time": 64, "epochs": 2, "select": "best"},
     },
     "chung2014": {
         "jsb": _CHUNG | {"batch_size": 8, "epochs": 600},

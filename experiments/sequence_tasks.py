@@ -2,8 +2,11 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
+
+from research.errors import UsageError
 
 # Examples of the synthetic tasks: training, validation, test. Bai et al. 2018 train on 50,000 as well.
 SYNTHETIC = (50_000, 1_000, 1_000)
@@ -20,6 +23,7 @@ class Loaded:
       outputs: numbers that it puts out.
       baseline: the score of a model without memory, None where none is known.
       vocabulary: of a text.
+      predicted: of a text, split name -> tokens that are predicted, each once.
     """
 
     splits: Any
@@ -28,6 +32,7 @@ class Loaded:
     outputs: int
     baseline: float | None = None
     vocabulary: tuple[str, ...] = ()
+    predicted: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +148,8 @@ def _text(path: str, characters: bool, streams: int, time: int) -> Loaded:
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     splits = loop.Splits(arrays, *(len(part["first"]) for part in parts), checksums=corpus.checksums)
     size = len(corpus.vocabulary)
-    return Loaded(splits, next_token, inputs=size, outputs=size, vocabulary=corpus.vocabulary)
+    counts = {n: int(part["valid"].sum()) for n, part in zip(("train", "validation", "test"), parts, strict=True)}
+    return Loaded(splits, next_token, size, size, vocabulary=corpus.vocabulary, predicted=counts)
 
 
 def _image_task(dataset: str, permuted: bool) -> SequenceTask:
@@ -164,7 +170,10 @@ def text_path(cell: Any) -> str:
     """The file or folder of the text: what was asked for, or the Penn Treebank in the data folder."""
     from research.data import files
 
-    return cell.text or str(files.data_folder(cell.data_dir) / "ptb")
+    path = cell.text or str(files.data_folder(cell.data_dir) / "ptb")
+    if not (cell.text or os.path.exists(path)):
+        raise UsageError(f"{path} is missing: give --text=FILE_OR_FOLDER, or --data_dir with a folder ptb")
+    return path
 
 
 def _text_task(title: str, characters: bool, unit: str) -> SequenceTask:

@@ -150,6 +150,11 @@ def load(cell: SequenceCell) -> Loaded:
     return TASKS[cell.task].load(cell)
 
 
+def of_vocabulary(size: int) -> Loaded:
+    """What `network_of` asks of a text, without the text."""
+    return Loaded(None, None, inputs=size, outputs=size)
+
+
 def network_of(cell: SequenceCell, data: Loaded, axis_name: str | None = None, streams: int | None = None) -> Any:
     """The network of a cell; `streams` side by side, if not those of training."""
     from research.models import language, sequence

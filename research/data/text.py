@@ -7,7 +7,7 @@ ends among them.
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -35,11 +35,6 @@ class Corpus:
     validation: np.ndarray
     test: np.ndarray
     checksums: Mapping[str, str]
-
-    def text(self, tokens: np.ndarray, separator: str = "") -> str:
-        """The tokens written out; `<eos>` is a line end."""
-        words = (self.vocabulary[token] for token in tokens)
-        return separator.join("\n" if word == END_OF_SENTENCE else word for word in words)
 
 
 def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
@@ -71,6 +66,31 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
     numbers = {token: number for number, token in enumerate(vocabulary)}
     parts = [_numbered(part, numbers, name, characters) for part, name in zip(tokens, names, strict=True)]
     return Corpus(vocabulary, *parts, {source.name: files.sha256(source.read_bytes()) for source in sources})
+
+
+def written_out(tokens: np.ndarray, vocabulary: Sequence[str], *, characters: bool) -> str:
+    """The text of token numbers; `<eos>` is a line end."""
+    words = (vocabulary[token] for token in tokens)
+    if characters:
+        return "".join(words)
+    return " ".join("\n" if word == END_OF_SENTENCE else word for word in words).replace(" \n ", "\n")
+
+
+def numbered(text: str, vocabulary: Sequence[str], *, characters: bool, name: str) -> np.ndarray:
+    """The token numbers of a text `[tokens]`, in which a line has an end only where it is written.
+
+    Args:
+      text: not empty.
+      vocabulary: of a corpus.
+      characters: tokens are characters, not words.
+      name: of the text, for the message.
+
+    Raises:
+      CarouselError: a token is not in the vocabulary, and there is no `<unk>` to stand for it.
+    """
+    numbers = {token: number for number, token in enumerate(vocabulary)}
+    words = [word for line in text.split("\n") for word in (*line.split(), END_OF_SENTENCE)][:-1]
+    return _numbered(list(text) if characters else words, numbers, name, characters)
 
 
 def windows(tokens: np.ndarray, *, streams: int, time: int) -> dict[str, np.ndarray]:

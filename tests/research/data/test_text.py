@@ -35,7 +35,7 @@ def test_words_of_a_folder(folder):
     assert words == ["the", "cat", "sat", "<eos>", "the", "<unk>", "ran", "<eos>"]
     assert [corpus.vocabulary[token] for token in corpus.validation] == ["the", "<unk>", "sat", "<eos>"]  # dog
     assert corpus.train.dtype == np.int32
-    assert corpus.text(corpus.test, " ") == "the cat \n"
+    assert text.written_out(corpus.test, corpus.vocabulary, characters=False) == "the cat \n"
     assert set(corpus.checksums) == {"tiny.train.txt", "tiny.valid.txt", "tiny.test.txt"}
 
 
@@ -46,7 +46,7 @@ def test_characters_of_one_file(tmp_path):
     assert corpus.vocabulary == ("\n", "a", "b", "c")
     assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [180, 10, 10]
     whole = np.concatenate([corpus.train, corpus.validation, corpus.test])
-    assert corpus.text(whole) == path.read_text()
+    assert text.written_out(whole, corpus.vocabulary, characters=True) == path.read_text()
 
 
 def test_windows_of_two_streams_by_hand():
