@@ -33,7 +33,9 @@ class Config(sequences.SequenceConfig):
     """The flags."""
 
     tasks: tuple[str, ...] = option(("adding", "digits"), "What to learn.", choices=tuple(TASKS))
-    lengths: tuple[int, ...] = option((25, 50, 100), "T of the adding problem and of copy memory.", minimum=2)
+    lengths: tuple[int, ...] | None = option(
+        None, "T of the adding problem and of copy memory (default: the recipe's).", minimum=2
+    )
 
 
 def cells(config: Config) -> list[SequenceCell]:
@@ -42,9 +44,15 @@ def cells(config: Config) -> list[SequenceCell]:
         sequences.cell_of(config, task, cell, recipe, length)
         for recipe in config.recipes
         for task in config.tasks
-        for length in (config.lengths if TASKS[task].has_length else (None,))
+        for length in _lengths(config, recipe, task)
         for cell in config.cells
     ]
+
+
+def _lengths(config: Config, recipe: str, task: str) -> tuple[int | None, ...]:
+    if not TASKS[task].has_length:
+        return (None,)
+    return config.lengths or RECIPES[recipe].get(task, {}).get("lengths", (None,))
 
 
 def run(cell: SequenceCell, context: Any) -> Mapping[str, Any]:

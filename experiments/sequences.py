@@ -129,6 +129,7 @@ def cell_of(config: SequenceConfig, task: str, cell: str, recipe: str, length: i
     fields = {f.name for f in dataclasses.fields(SequenceCell)}
     chosen = dict(RECIPES[recipe][task])
     chosen |= chosen.pop("cells", {}).get(cell, {})
+    chosen.pop("lengths", None)  # the experiment's grid has them
     given = {n: v for n, v in vars(config).items() if n in fields and v is not None}
     if {"steps", "epochs"} & given.keys():
         chosen = {name: value for name, value in chosen.items() if name not in ("steps", "epochs")}
