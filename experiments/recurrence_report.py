@@ -25,7 +25,7 @@ def report(workdir: Path, names: list[str]) -> None:
         if same[0].config["select"] == "best":
             title = f"\n{title_of(setting)}, {TASKS[task].unit} where the validation loss was lowest"
         print(tables.render(title + results.unfinished(names, runs), [_row(setting, run) for run in same]))
-        if baseline := same[0].result.get("baseline"):
+        if baseline := _baseline(same):
             print(f"without memory: {_number(task, baseline)}")
     for paper in dict.fromkeys(recipe.split("_")[0] for recipe, *_ in settings):
         if paper in DIFFERENCES:
@@ -44,23 +44,37 @@ def score_text(task: str, values: Sequence[float]) -> str:
     metric = TASKS[task].metric
     if metric == "error":
         return spread(values).percent()
-    found = spread(scores_of(task, values))
+    scores = scores_of(task, values)
+    if math.inf in scores:  # of which there is neither mean nor spread
+        return f"inf (n={len(scores)})"
+    found = spread(scores)
     if not found.n:
         return "failed"
-    return _number(task, found.mean) + (f" ± {found.std:.2g} (n={found.n})" if found.n > 1 else "")
+    return _number(task, found.mean) + (f" ± {_digits(found.std, 2)} (n={found.n})" if found.n > 1 else "")
 
 
 def scores_of(task: str, losses: Sequence[float]) -> list[float]:
     """A task's evaluations in the unit in which they are read: perplexity and bits from nats."""
-    unit = TASKS[task].unit
-    convert = {"perplexity": math.exp, "bits per character": lambda nats: nats / math.log(2)}.get(unit, float)
-    return [convert(loss) for loss in losses]
+    from research.tasks.language import bits, perplexity  # late: it loads JAX, which --help does without
+
+    convert = {"perplexity": perplexity, "bits per character": bits}.get(TASKS[task].unit, float)
+    return [float(convert(loss)) for loss in losses]
+
+
+def _baseline(runs: Sequence[Run]) -> float | None:
+    """Of the task without memory, where one of the runs did not diverge."""
+    return next((baseline for run in runs if (baseline := run.result.get("baseline"))), None)
 
 
 def _number(task: str, value: float) -> str:
     if TASKS[task].metric == "error":
         return f"{value:.2%}"
-    return f"{value:.4g}" if value >= 0.001 else f"{value:.2e}"
+    return _digits(value, 4) if value >= 0.001 else f"{value:.2e}"
+
+
+def _digits(value: float, significant: int) -> str:
+    # Not as 1.2e+02, which perplexities would be.
+    return f"{value:.{significant}g}" if value < 10**significant - 0.5 else f"{value:.0f}"
 
 
 def _row(setting: Setting, run: Run) -> dict[str, Any]:
@@ -76,17 +90,16 @@ def _row(setting: Setting, run: Run) -> dict[str, Any]:
         "parameters": run.result.get("params", "-"),
         **({"paper: test": _number(task, paper[config["cell"]]) if config["cell"] in paper else "-"} if paper else {}),
         **{("here: test" if paper and split == "test" else split): score_text(task, v) for split, v in scores.items()},
-        "diverged": f"{diverged} of {len(config['seed'])}" if diverged else "",
         "steps": run.result.get("steps", "-"),
         "seconds": f"{seconds:.0f}",
+        "diverged": f"{diverged} of {len(config['seed'])}" if diverged else "",
     }
 
 
 def _draw(runs: Sequence[Run], settings: Mapping[Setting, Sequence[Run]], folder: Path) -> list[Path]:
     drawn = {"loss_curves": recurrence_figures.loss_curves({title_of(s): _panel(s, r) for s, r in settings.items()})}
     for (recipe, task), by_length in _lengths(settings).items():
-        drawn[f"{task}_against_length"] = _against_length(task, by_length)
-        del recipe
+        drawn[f"{task}_against_length{_suffix(recipe)}"] = _against_length(task, by_length)
     for setting, same in settings.items():
         gradients = {LABELS[run.config["cell"]]: g for run in same if (g := run.read_json("gradients.json"))}
         if gradients:
@@ -95,21 +108,23 @@ def _draw(runs: Sequence[Run], settings: Mapping[Setting, Sequence[Run]], folder
                 f"{title_of(setting)}\n{title}": {cell: norms[moment] for cell, norms in gradients.items()}
                 for title, moment in moments.items()
             }
-            _, task, length = setting
-            drawn[f"gradient_{task}{length or ''}"] = recurrence_figures.gradient_against_distance(panels)
+            recipe, task, length = setting
+            name = f"gradient_{task}{length or ''}{_suffix(recipe)}"
+            drawn[name] = recurrence_figures.gradient_against_distance(panels)
     made_from = figures.provenance(runs)
     return [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
+
+
+def _suffix(recipe: str) -> str:
+    return "" if recipe == "default" else f"_{recipe}"
 
 
 def _panel(setting: Setting, runs: Sequence[Run]) -> recurrence_figures.Panel:
     task = setting[1]
     metric = TASKS[task].metric
     groups = {LABELS[run.config["cell"]]: [run] for run in runs}
-    name = {"error": "error", "loss": "loss"}[metric]
-    baseline = next((b for run in runs if (b := run.result.get("baseline"))), None)
-    return recurrence_figures.Panel(
-        groups, f"validation_{name}", f"validation {metric}", baseline, log=task in ("adding", "copy")
-    )
+    log = task in ("adding", "copy")
+    return recurrence_figures.Panel(groups, f"validation_{metric}", f"validation {metric}", _baseline(runs), log)
 
 
 def _lengths(settings: Mapping[Setting, Sequence[Run]]) -> dict[tuple[str, str], dict[int, Sequence[Run]]]:
@@ -130,5 +145,5 @@ def _against_length(task: str, by_length: Mapping[int, Sequence[Run]]):
         }
         for cell in cells
     }
-    baseline = {length: runs[0].result.get("baseline") for length, runs in by_length.items()}
+    baseline = {length: found for length, runs in by_length.items() if (found := _baseline(runs))}
     return recurrence_figures.score_against_length(groups, f"test {TASKS[task].unit}", baseline, log=True)
