@@ -73,7 +73,8 @@ def sgd(
     in the steps after a change of the rate. As there, BatchNorm's scale and shift decay too.
 
     Clipping is of the norm over all parameters together, before anything else, here and below: Pascanu et al. 2013,
-    algorithm 1; Goodfellow et al. 2016, equation 10.48.
+    algorithm 1; Goodfellow et al. 2016, equation 10.48. A gradient that has exploded beyond the largest number has no
+    direction left, and counts as zero.
     """
     return _clipped(
         clip_norm,
@@ -112,8 +113,14 @@ def rmsprop(
 
 def _clipped(clip_norm, *transformations):
     # Without clipping no stage, not an idle one: names in checkpoints have the number of the stage.
-    first = () if clip_norm is None else (optax.clip_by_global_norm(clip_norm),)
-    return optax.chain(*first, *transformations)
+    if clip_norm is None:
+        return optax.chain(*transformations)
+    return optax.chain(optax.clip_by_global_norm(clip_norm), optax.stateless(_without_nan), *transformations)
+
+
+def _without_nan(gradients, params=None):
+    """After clipping, an infinite gradient is zero where it was finite and no number elsewhere."""
+    return jax.tree.map(lambda g: jnp.where(jnp.isnan(g), 0, g), gradients)
 
 
 # Called as `OPTIMIZERS[name](schedule, clip_norm=...)`. SGD is plain here: momentum and decay where they are asked for.

@@ -235,7 +235,7 @@ def test_each_seed_is_clipped_by_its_own_norm():
 
 
 def test_names_in_checkpoints_are_kept():
-    """Runs on disk have these; clipping puts a stage in front."""
+    """Runs on disk have these; clipping puts two stages in front."""
     like = {"w": jnp.ones(3)}
 
     def names(optimizer):
@@ -243,6 +243,18 @@ def test_names_in_checkpoints_are_kept():
         return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
     assert names(sgd(SCHEDULE)) == names(OPTIMIZERS["sgd"](SCHEDULE)) == ["1/trace/w", "2/count"]
-    assert names(sgd(SCHEDULE, clip_norm=1.0)) == ["2/trace/w", "3/count"]
+    assert names(sgd(SCHEDULE, clip_norm=1.0)) == ["3/trace/w", "4/count"]
     assert names(adam(SCHEDULE)) == ["0/count", "0/mu/w", "0/nu/w", "1/count"]
     assert names(rmsprop(SCHEDULE)) == ["0/nu/w", "1/count"]
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("size", [np.inf, np.nan, 1e30])
+def test_a_gradient_beyond_the_largest_number_moves_nothing(kind, size):
+    optimizer = OPTIMIZERS[kind](constant(0.1), clip_norm=1.0)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    exploded = {"a": jnp.float32([size, 1.0]), "b": jnp.full(3, 1e-3)}
+    updates, opt_state = optimizer.update(exploded, optimizer.init(params), params)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+    assert all(jnp.isfinite(leaf).all() and (leaf < 0).all() for leaf in jax.tree.leaves(updates))
