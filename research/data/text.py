@@ -7,12 +7,13 @@ ends among them.
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from research.data import files
-from research.errors import CarouselError
+from research.errors import CarouselError, UsageError
 
 END_OF_SENTENCE = "<eos>"
 UNKNOWN = "<unk>"
@@ -42,7 +43,7 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
 
     Args:
       path: a folder with one `*train.txt`, `*valid.txt` and `*test.txt` each; or one text file, of which the first 90%
-        are for training and 5% each for validation and test.
+        are for training and 5% each for validation and test; words are left whole.
       characters: tokens are characters, not words.
 
     Raises:
@@ -57,11 +58,11 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
     else:
         whole = _read(path)
         sources, names = [path], [f"{path} ({part})" for part in ("training", "validation", "test part")]
-        first, second = (round(len(whole) * share) for share in (1 - _VALIDATION - _TEST, 1 - _TEST))
+        first, second = (_cut(whole, share, characters) for share in (1 - _VALIDATION - _TEST, 1 - _TEST))
         texts = [whole[:first], whole[first:second], whole[second:]]
     tokens = [list(text) if characters else _words(text) for text in texts]
     if empty := [name for name, part in zip(names, tokens, strict=True) if not part]:
-        raise CarouselError(f"{empty[0]} has no text: give a file with some, or another --data_dir")
+        raise CarouselError(f"{empty[0]} has no text: give a file with some, or another --text")
     vocabulary = tuple(sorted(set(tokens[0]))) if characters else _by_frequency(tokens[0])
     numbers = {token: number for number, token in enumerate(vocabulary)}
     parts = [_numbered(part, numbers, name, characters) for part, name in zip(tokens, names, strict=True)]
@@ -73,24 +74,27 @@ def written_out(tokens: np.ndarray, vocabulary: Sequence[str], *, characters: bo
     words = (vocabulary[token] for token in tokens)
     if characters:
         return "".join(words)
-    return " ".join("\n" if word == END_OF_SENTENCE else word for word in words).replace(" \n ", "\n")
+    return re.sub(" ?\n ?", "\n", " ".join("\n" if word == END_OF_SENTENCE else word for word in words))
 
 
 def numbered(text: str, vocabulary: Sequence[str], *, characters: bool, name: str) -> np.ndarray:
     """The token numbers of a text `[tokens]`, in which a line has an end only where it is written.
 
     Args:
-      text: not empty.
+      text: such as a prompt.
       vocabulary: of a corpus.
       characters: tokens are characters, not words.
       name: of the text, for the message.
 
     Raises:
-      CarouselError: a token is not in the vocabulary, and there is no `<unk>` to stand for it.
+      UsageError: there is no token, or one that is not in the vocabulary without an `<unk>` to stand for it.
     """
     numbers = {token: number for number, token in enumerate(vocabulary)}
     words = [word for line in text.split("\n") for word in (*line.split(), END_OF_SENTENCE)][:-1]
-    return _numbered(list(text) if characters else words, numbers, name, characters)
+    tokens = list(text) if characters else words
+    if not tokens:
+        raise UsageError(f"{name} is empty: give some text or leave it out")
+    return _numbered(tokens, numbers, name, characters, UsageError)
 
 
 def windows(tokens: np.ndarray, *, streams: int, time: int) -> dict[str, np.ndarray]:
@@ -115,7 +119,8 @@ def windows(tokens: np.ndarray, *, streams: int, time: int) -> dict[str, np.ndar
     predicted = len(tokens) - 1
     if predicted < streams:
         raise CarouselError(
-            f"{len(tokens)} tokens do not make {streams} streams of at least one prediction: give a smaller batch size"
+            f"{len(tokens)} tokens do not make {streams} streams of at least one prediction: "
+            "give a smaller --batch_size or more text"
         )
     length = -(-predicted // streams)
     number = -(-length // time)
@@ -149,6 +154,14 @@ def _read(path: pathlib.Path) -> str:
         raise CarouselError(f"{path}, line {line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
 
 
+def _cut(text: str, share: float, characters: bool) -> int:
+    """Where the first share of a text ends, not within a word."""
+    place = round(len(text) * share)
+    while not characters and 0 < place < len(text) and not text[place - 1].isspace():
+        place += 1
+    return place
+
+
 def _words(text: str) -> list[str]:
     return [word for line in text.splitlines() for word in (*line.split(), END_OF_SENTENCE)] if text.strip() else []
 
@@ -158,14 +171,20 @@ def _by_frequency(words: list[str]) -> tuple[str, ...]:
     return tuple(unique[np.lexsort((unique, -counts))].tolist())
 
 
-def _numbered(tokens: list[str], numbers: Mapping[str, int], name: str, characters: bool) -> np.ndarray:
+def _numbered(
+    tokens: list[str],
+    numbers: Mapping[str, int],
+    name: str,
+    characters: bool,
+    error: type[CarouselError] = CarouselError,
+) -> np.ndarray:
     unknown = numbers.get(UNKNOWN) if not characters else None
     found = [numbers.get(token, unknown) for token in tokens]
     if None in found:
         place = found.index(None)
         end = "\n" if characters else END_OF_SENTENCE
         line = tokens[:place].count(end) + 1
-        raise CarouselError(
+        raise error(
             f"{name}, line {line} of it: {tokens[place]!r} does not stand in the training text"
             f"{'' if characters else f' and there is no {UNKNOWN}'}; take it out or add it to the training text"
         )

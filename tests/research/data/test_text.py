@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from research.data import text
-from research.errors import CarouselError
+from research.errors import CarouselError, UsageError
 
 SHARED = pathlib.Path(os.environ.get("CAROUSEL_DATA", pathlib.Path(__file__).parents[4] / "shared/data"))
 
@@ -35,7 +35,7 @@ def test_words_of_a_folder(folder):
     assert words == ["the", "cat", "sat", "<eos>", "the", "<unk>", "ran", "<eos>"]
     assert [corpus.vocabulary[token] for token in corpus.validation] == ["the", "<unk>", "sat", "<eos>"]  # dog
     assert corpus.train.dtype == np.int32
-    assert text.written_out(corpus.test, corpus.vocabulary, characters=False) == "the cat \n"
+    assert text.written_out(corpus.test, corpus.vocabulary, characters=False) == "the cat\n"
     assert set(corpus.checksums) == {"tiny.train.txt", "tiny.valid.txt", "tiny.test.txt"}
 
 
@@ -47,6 +47,58 @@ def test_characters_of_one_file(tmp_path):
     assert [len(part) for part in (corpus.train, corpus.validation, corpus.test)] == [180, 10, 10]
     whole = np.concatenate([corpus.train, corpus.validation, corpus.test])
     assert text.written_out(whole, corpus.vocabulary, characters=True) == path.read_text()
+
+
+@pytest.mark.parametrize("end", ["\n", " "])
+def test_one_file_of_words_is_not_cut_within_a_word(tmp_path, end):
+    """The halves would be words that training does not have."""
+    path = tmp_path / "play.txt"
+    for lines in range(20, 30):
+        path.write_text(f"romeo juliet{end}" * lines)
+        corpus = text.load(path)
+        assert set(corpus.vocabulary) == {"romeo", "juliet", "<eos>"}
+        whole = [corpus.vocabulary[n] for part in (corpus.train, corpus.validation, corpus.test) for n in part]
+        assert [word for word in whole if word != "<eos>"] == path.read_text().split()
+        assert 0 <= whole.count("<eos>") - len(path.read_text().splitlines()) <= 2  # a line may be cut
+
+
+def test_text_to_numbers_and_back():
+    words, characters = ("<eos>", "cat", "the", "<unk>"), ("\n", " ", "c", "t")
+
+    def there_and_back(written, vocabulary):
+        options = {"characters": vocabulary is characters}
+        numbers = text.numbered(written, vocabulary, **options, name="it")
+        assert numbers.dtype == np.int32
+        return numbers.tolist(), text.written_out(numbers, vocabulary, **options)
+
+    # A line ends where that is written, and not behind the last word.
+    for written, numbers in {
+        "the": [2],
+        "the cat\ncat": [2, 1, 0, 1],
+        "\n": [0],
+        "\nthe\n\n\ncat\n": [0, 2, 0, 0, 0, 1, 0],
+    }.items():
+        assert there_and_back(written, words) == (numbers, written)
+    assert there_and_back("  the\t cat \n the dog", words) == ([2, 1, 0, 2, 3], "the cat\nthe <unk>")
+    for written, numbers in {"tc": [3, 2], " t\n\n c\n": [1, 3, 0, 0, 1, 2, 0]}.items():
+        assert there_and_back(written, characters) == (numbers, written)
+
+
+@pytest.mark.parametrize(
+    ("written", "characters", "message"),
+    [
+        ("", True, "the prompt is empty"),
+        ("", False, "the prompt is empty"),
+        (" \t", False, "the prompt is empty"),
+        ("a\nb<unk>", True, "the prompt, line 2 of it: 'b' does not stand in the training text; "),
+        ("a\n\na b", False, "the prompt, line 3 of it: 'b' does not stand in the training text and there is no <unk>"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_a_wrong_request(written, characters, message):
+    vocabulary = ("\n", "<unk>", "a") if characters else ("<eos>", "a")  # of characters it stands for nothing
+    with pytest.raises(UsageError, match=message) as caught:
+        text.numbered(written, vocabulary, characters=characters, name="the prompt")
+    assert one_line(caught)
 
 
 def test_windows_of_two_streams_by_hand():
