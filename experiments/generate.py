@@ -36,17 +36,18 @@ def load(folder: Path, model_seed: int | None):
     from research.training import checkpoint, state
 
     config = read_json(folder / "config.json")
-    if config.get("task") not in ("words", "characters"):
+    path, words = folder / "checkpoints" / checkpoint.BEST, folder / VOCABULARY
+    # Other experiments train on text as well, and do not keep the words.
+    if config.get("task") not in ("words", "characters") or (path.exists() and not words.exists()):
         raise CarouselError(f"{folder} is not the run of a language model: give one of launch/run language_model")
     known = {field.name for field in dataclasses.fields(sequences.SequenceCell)}
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in config.items() if name in known}
     cell = sequences.SequenceCell(**fields)
     if model_seed is not None and model_seed not in cell.seed:
         raise UsageError(f"--model_seed={model_seed}: the run has {', '.join(map(str, cell.seed))}")
-    vocabulary = tuple(read_json(folder / VOCABULARY))
-    path = folder / "checkpoints" / checkpoint.BEST
     if not path.exists():
         raise CarouselError(f"{path} is missing: the run has not come to its first evaluation; start it again")
+    vocabulary = tuple(read_json(words))
     arrays = {n: a for n, a in checkpoint.load(path).arrays.items() if not n.startswith("opt_state/")}
     model = sequences.network_of(cell, sequences.of_vocabulary(len(vocabulary)))
     inputs = {"tokens": jax.ShapeDtypeStruct((1, 1), "int32"), "first": jax.ShapeDtypeStruct((1,), "bool")}
@@ -62,10 +63,8 @@ def main(argv: list[str]) -> None:
     try:
         if values.run is None:
             raise UsageError("--run is missing: give the run folder of a trained language model")
-        if values.temperature < 0:
+        if not values.temperature >= 0:
             raise UsageError(f"--temperature={values.temperature}: give 0 or more")
-        if values.prompt == "":
-            raise UsageError("--prompt is empty: leave it out to begin with a new line")
         from experiments.language_model import continued
 
         cell, vocabulary, variables = load(Path(values.run), values.model_seed)
@@ -75,7 +74,8 @@ def main(argv: list[str]) -> None:
     except CarouselError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    print((prompt or "") + (" " if prompt and cell.task == "words" else "") + text)
+    within_line = prompt and not prompt[-1].isspace() and not text.startswith("\n")
+    print((prompt or "") + (" " if within_line and cell.task == "words" else "") + text)
 
 
 if __name__ == "__main__":

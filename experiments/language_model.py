@@ -53,6 +53,11 @@ def cells(config: Config) -> list[SequenceCell]:
             raise UsageError(
                 f"--dropout={cell.dropout}: {NGRAM} has no layers to drop between; leave it out of --cells"
             )
+        if cell.cell == NGRAM and len(cell.units) > 1:
+            units = ",".join(map(str, cell.units))
+            raise UsageError(
+                f"--units={units}: {NGRAM} has one hidden layer; give one number or leave it out of --cells"
+            )
     return made
 
 
@@ -86,7 +91,7 @@ def continued(
     """What a trained model of the cell writes after a prompt; None for the beginning of a line.
 
     Raises:
-      CarouselError: the prompt has a token that the text had not.
+      UsageError: the prompt is empty, or has a token that the text had not.
     """
     import jax
 
@@ -96,7 +101,8 @@ def continued(
 
     characters = cell.task == "characters"
     line_end = "\n" if "\n" in vocabulary or not characters else vocabulary[0]
-    given = text.numbered(prompt or line_end, vocabulary, characters=characters, name="the prompt")
+    prompt = line_end if prompt is None else prompt
+    given = text.numbered(prompt, vocabulary, characters=characters, name="the prompt")
     apply = state.bind(sequences.network_of(cell, sequences.of_vocabulary(len(vocabulary)), streams=1))
     tokens = generate(
         apply,

@@ -13,29 +13,33 @@ from research.training import run_folder
 ENVIRONMENT = {"command": "launch/run by hand", "source": {"commit": "c0ffee" * 6, "dirty": False}}
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """`(experiment, *arguments) -> exit code`, all that a command does, without the seconds that a process takes."""
+@pytest.fixture(scope="module")
+def command():
+    """`(experiment, *arguments, stop=None) -> exit code`, all that a command does, without a process of its own.
+
+    `stop` is the question that training asks between stretches.
+    """
     before = set(flags.FLAGS)
-    monkeypatch.setattr(runner, "_StopRequest", lambda: lambda: False)  # it would take over pytest's signals
-    monkeypatch.setenv("NPROC", os.environ.get("NPROC", "2"))
 
     def forget():
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
 
-    def call(experiment, *arguments):
-        forget()
-        runner._define_flags(experiment)
-        try:
-            runner.parse_flags([experiment.name, "--compilation_cache=", *map(str, arguments)])
-        except SystemExit as stop:
-            return stop.code
-        return runner._guarded(experiment)
+    def call(experiment, *arguments, stop=lambda: False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runner, "_StopRequest", lambda: stop)  # it would take over pytest's signals
+            patch.setenv("NPROC", os.environ.get("NPROC", "2"))
+            runner._define_flags(experiment)
+            try:
+                runner.parse_flags([experiment.name, "--compilation_cache=", *map(str, arguments)])
+                return runner._guarded(experiment)
+            except SystemExit as stopped:
+                return stopped.code
+            finally:
+                forget()
 
-    yield call
-    forget()
-    flags.FLAGS.unparse_flags()
+    return call
 
 
 @pytest.fixture
