@@ -11,7 +11,9 @@ from research.errors import CarouselError, UsageError
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("run", None, "The run folder, such as runs/language_model/runs/characters-lstm-256-seeds0.")
+    flags.DEFINE_string(
+        "run", None, "The run folder of a trained model, in the runs folder of language_model's working folder."
+    )
     flags.DEFINE_string("prompt", None, r"The text to go on from; \n is a line end (default: a new line).")
     flags.DEFINE_integer("length", 400, "Tokens to write.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.8, "Divides the logits: 0 takes the likeliest token, 1 draws as learned.")

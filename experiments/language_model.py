@@ -24,7 +24,6 @@ from typing import Any
 from experiments import sequences
 from experiments.runner import Experiment, main, option
 from experiments.sequences import KINDS, NGRAM, SequenceCell
-from research.errors import UsageError
 
 VOCABULARY = "vocabulary.json"
 # Tokens of the sample that every run writes, and how they are drawn.
@@ -45,20 +44,8 @@ class Config(sequences.SequenceConfig):
 
 def cells(config: Config) -> list[SequenceCell]:
     """The grid: recipes x cells; seeds are inside of a cell."""
-    made = [
-        sequences.cell_of(config, config.tokens, cell, recipe) for recipe in config.recipes for cell in config.cells
-    ]
-    for cell in made:
-        if cell.cell == NGRAM and cell.dropout:
-            raise UsageError(
-                f"--dropout={cell.dropout}: {NGRAM} has no layers to drop between; leave it out of --cells"
-            )
-        if cell.cell == NGRAM and len(cell.units) > 1:
-            units = ",".join(map(str, cell.units))
-            raise UsageError(
-                f"--units={units}: {NGRAM} has one hidden layer; give one number or leave it out of --cells"
-            )
-    return made
+    pairs = [(recipe, cell) for recipe in config.recipes for cell in config.cells]
+    return [sequences.cell_of(config, config.tokens, cell, recipe) for recipe, cell in pairs]
 
 
 def run(cell: SequenceCell, context: Any) -> Mapping[str, Any]:
@@ -140,6 +127,7 @@ EXPERIMENT = Experiment(
     report=report,
     smoke={"units": (8,), "time": 8, "steps": 4, "batch_size": 4, "steps_per_call": 2, "evaluations": 2},
     exclusive=(("epochs", "steps"),),
+    check=sequences.check,
 )
 
 if __name__ == "__main__":

@@ -128,6 +128,7 @@ EXPERIMENT = Experiment(
         "seeds": (0, 1),
     },
     exclusive=(("epochs", "steps"),),
+    check=sequences.check,
     divergence_is_a_result=True,
 )
 

@@ -73,8 +73,9 @@ def _number(task: str, value: float) -> str:
 
 
 def _digits(value: float, significant: int) -> str:
-    # Not as 1.2e+02, which perplexities would be.
-    return f"{value:.{significant}g}" if value < 10**significant - 0.5 else f"{value:.0f}"
+    # Not as 1.2e+02, which perplexities would be; nor an exploded loss of 1e+36 with all its places.
+    plain = 10**significant - 0.5 <= value < 1e6
+    return f"{value:.0f}" if plain else f"{value:.{significant}g}"
 
 
 def _row(setting: Setting, run: Run) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Experiment:
       presets: name -> fields of the config that differ from the defaults.
       smoke: fields that make every cell tiny.
       exclusive: groups of fields of which at most one may be given; giving one drops a preset's others.
+      check: asked of every cell before the first is trained; raises where one cannot be.
       divergence_is_a_result: a diverged cell does not make the exit code 1, since the paper's table has such rows.
     """
 
@@ -66,6 +67,7 @@ class Experiment:
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     smoke: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exclusive: Sequence[Sequence[str]] = ()
+    check: Callable[[Any], None] = lambda cell: None
     divergence_is_a_result: bool = False
 
 
@@ -257,6 +259,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
     command = ("python", "-m", f"experiments.{experiment.name}", *sys.argv[1:])
     folders = [workdir / "runs" / cell.name for cell in cells]
     for cell, path in zip(cells, folders, strict=True):
+        experiment.check(cell)
         run_folder.check_config(path, identity(cell))  # all of them before the first is trained
     failures = []
     with Reporter() as reporter:

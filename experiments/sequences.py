@@ -3,16 +3,18 @@
 Seeds of a cell are trained side by side in one program; each result and logged metric is a list over them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.runner import option
 from experiments.sequence_recipes import RECIPES
-from experiments.sequence_tasks import TASKS, Loaded
-from research.errors import UsageError
+from experiments.sequence_tasks import TASKS, Loaded, text_path
+from research.errors import CarouselError, UsageError
 
 # Kinds of cell: the name in `research.models.recurrent.CELLS`, and what differs from its defaults.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,7 +81,8 @@ class SequenceCell:
     """One kind of network to train on one task, with all seeds: fields as the flags of the same names.
 
     Further ones: `use_bias` of the recurrent layers; `init_scale` s, all parameters of a language model from U(-s, s);
-    `hold_epochs` and `decay` of the learning rate, 0 for a constant one; `select` of the trainer's Plan.
+    `hold_epochs` and `decay` of the learning rate, 0 for a constant one; `select` of the trainer's Plan; `corpus` and
+    `checksums`, name and SHA-256 of the text's files, so that another text is another run wherever it lies.
     """
 
     task: str
@@ -87,6 +90,8 @@ class SequenceCell:
     recipe: str
     seed: tuple[int, ...]
     length: int | None = None
+    corpus: str | None = None
+    checksums: tuple[str, ...] = ()
     units: tuple[int, ...] = ()
     epochs: int | None = None
     steps: int | None = None
@@ -113,7 +118,8 @@ class SequenceCell:
 
     @property
     def name(self) -> str:
-        parts = [self.task + (f"{self.length}" if self.length else ""), self.cell, *map(str, self.units)]
+        parts = [self.task + (f"{self.length}" if self.length else "")] + [self.corpus] * bool(self.corpus)
+        parts += [self.cell, *map(str, self.units)]
         parts += [] if self.recipe == "default" else [self.recipe]
         return "-".join([*parts, "seeds" + ".".join(map(str, self.seed))])
 
@@ -133,9 +139,8 @@ def cell_of(config: SequenceConfig, task: str, cell: str, recipe: str, length: i
     given = {n: v for n, v in vars(config).items() if n in fields and v is not None}
     if {"steps", "epochs"} & given.keys():
         chosen = {name: value for name, value in chosen.items() if name not in ("steps", "epochs")}
-    made = SequenceCell(
-        **chosen | given | {"task": task, "cell": cell, "recipe": recipe, "length": length, "seed": config.seeds}
-    )
+    grid = {"task": task, "cell": cell, "recipe": recipe, "length": length, "seed": config.seeds}
+    made = SequenceCell(**chosen | given | grid)
     if not made.units:
         raise UsageError(f"--recipes={recipe} has no size for {cell} on {task}: give --units")
     if not (math.isfinite(made.learning_rate) and made.learning_rate > 0):
@@ -144,7 +149,38 @@ def cell_of(config: SequenceConfig, task: str, cell: str, recipe: str, length: i
         raise UsageError(f"--dropout={made.dropout}: give a probability below 1")
     if made.devices and made.batch_size % made.devices:
         raise UsageError(f"--batch_size={made.batch_size} does not divide by {made.devices} devices: give a multiple")
-    return made
+    if cell == NGRAM and made.dropout:
+        raise UsageError(f"--dropout={made.dropout}: {NGRAM} has no layers to drop between; leave it out of --cells")
+    if cell == NGRAM and len(made.units) > 1:
+        units = ",".join(map(str, made.units))
+        raise UsageError(f"--units={units}: {NGRAM} has one hidden layer; give one number or leave it out of --cells")
+    if TASKS[task].network != "text":
+        return made
+    if made.segment:
+        raise UsageError(f"--segment={made.segment}: a text is read in windows, give a smaller --time instead")
+    return dataclasses.replace(made, **_text_of(made))
+
+
+def _text_of(cell: SequenceCell) -> dict[str, Any]:
+    """Name and checksums of the text; without them where it is missing, which a report does not need."""
+    from research.data import text
+
+    path = text_path(cell)
+    with contextlib.suppress(CarouselError):
+        return {"corpus": Path(path).stem, "checksums": tuple(text.checksums(path).values())}
+    return {"corpus": Path(path).stem}
+
+
+def check(cell: SequenceCell) -> None:
+    """Whether the cell can be trained.
+
+    Raises:
+      CarouselError: its text is missing.
+    """
+    from research.data import text
+
+    if TASKS[cell.task].network == "text":
+        text.checksums(text_path(cell))
 
 
 def load(cell: SequenceCell) -> Loaded:

@@ -14,6 +14,8 @@ from research.analysis.results import Run, curves, spread
 
 # Of all seeds of all cells: what a model without memory scores, and where a seed was lost.
 _BASELINE = {"color": "0.3", "linestyle": ":", "linewidth": 1.2}
+# Scores worse than the baseline by this factor leave the panel upwards: they would flatten all others.
+_EXPLODED = 30
 _LOST = {"marker": "x", "markersize": 6, "markeredgewidth": 1.5, "linestyle": "none"}
 
 
@@ -64,7 +66,7 @@ def loss_curves(panels: Mapping[str, Panel]) -> Figure:
         if panel.baseline is not None:
             axis.axhline(panel.baseline, **_BASELINE)
         axis.set(title=title, xlabel="step", ylabel=panel.ylabel)
-        _scale(axis, panel.log)
+        _scale(axis, panel.log, panel.baseline)
     for axis in axes[len(panels) :]:
         axis.remove()
     for number, cell in enumerate(cells):
@@ -123,7 +125,7 @@ def score_against_length(
     axis.set_xticks(lengths, [str(length) for length in lengths])
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(axis="x", which="minor", length=0)
-    _scale(axis, log)
+    _scale(axis, log, max(baseline.values()) if baseline else None)
     legend_below(figure, axis)
     return figure
 
@@ -186,13 +188,15 @@ def _marked(number: int, points: int) -> tuple[int, int]:
     return number % 5 * max(1, points // 30), max(1, points // 6)
 
 
-def _scale(axis: Axes, log: bool) -> None:
+def _scale(axis: Axes, log: bool, baseline: float | None = None) -> None:
     axis.margins(x=0.03)
-    if not log:
-        axis.set(ylim=(0, None))
-        return
-    axis.set(yscale="log")
+    axis.set(**{"yscale": "log"} if log else {"ylim": (0, None)})
     low, high = axis.get_ylim()
+    if baseline is not None and high > _EXPLODED * baseline:
+        high = 2 * baseline
+        axis.set(ylim=(low, high))
+    if not log:
+        return
     if high / low < 100:
         plain_logarithmic_labels(axis)
 

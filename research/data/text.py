@@ -50,14 +50,12 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
       CarouselError: a file is missing, empty or not UTF-8; or validation or test have a token that training does not
         have, and there is no `<unk>` to stand for it.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.is_dir():
-        sources = [_part(path, part) for part in ("train", "valid", "test")]
-        texts = [_read(source) for source in sources]
-        names = [str(source) for source in sources]
-    else:
-        whole = _read(path)
-        sources, names = [path], [f"{path} ({part})" for part in ("training", "validation", "test part")]
+    path, sources = pathlib.Path(path).expanduser(), _sources(path)
+    texts = [_read(source) for source in sources]
+    names = [str(source) for source in sources]
+    if len(sources) == 1:
+        (whole,) = texts
+        names = [f"{path} ({part})" for part in ("training", "validation", "test part")]
         first, second = (_cut(whole, share, characters) for share in (1 - _VALIDATION - _TEST, 1 - _TEST))
         texts = [whole[:first], whole[first:second], whole[second:]]
     tokens = [list(text) if characters else _words(text) for text in texts]
@@ -66,7 +64,21 @@ def load(path: str | pathlib.Path, *, characters: bool = False) -> Corpus:
     vocabulary = tuple(sorted(set(tokens[0]))) if characters else _by_frequency(tokens[0])
     numbers = {token: number for number, token in enumerate(vocabulary)}
     parts = [_numbered(part, numbers, name, characters) for part, name in zip(tokens, names, strict=True)]
-    return Corpus(vocabulary, *parts, {source.name: files.sha256(source.read_bytes()) for source in sources})
+    return Corpus(vocabulary, *parts, checksums(path))
+
+
+def checksums(path: str | pathlib.Path) -> dict[str, str]:
+    """File name -> SHA-256 of the files that `load` reads.
+
+    Raises:
+      CarouselError: one is missing.
+    """
+    return {source.name: files.sha256(_bytes(source)) for source in _sources(path)}
+
+
+def _sources(path: str | pathlib.Path) -> list[pathlib.Path]:
+    path = pathlib.Path(path).expanduser()
+    return [_part(path, part) for part in ("train", "valid", "test")] if path.is_dir() else [path]
 
 
 def written_out(tokens: np.ndarray, vocabulary: Sequence[str], *, characters: bool) -> str:
@@ -142,15 +154,21 @@ def _part(folder: pathlib.Path, part: str) -> pathlib.Path:
     return found[0]
 
 
-def _read(path: pathlib.Path) -> str:
+def _bytes(path: pathlib.Path) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes()
     except FileNotFoundError:
-        raise CarouselError(f"{path} is missing: give a text file or a folder of them") from None
+        raise CarouselError(f"{path} is missing: give --text=FILE_OR_FOLDER, or --data_dir with a folder ptb") from None
     except OSError as error:
         raise CarouselError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read(path: pathlib.Path) -> str:
+    content = _bytes(path)
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = content[: error.start].count(b"\n") + 1
         raise CarouselError(f"{path}, line {line}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
 
 

@@ -18,7 +18,7 @@ import pytest
 from absl import flags
 
 from experiments import generate, runner
-from experiments.language_model import EXPERIMENT
+from experiments.language_model import EXPERIMENT, Config, cells
 from research.files import write_json_atomic
 
 LINES = ("cat sat", "dog ran")
@@ -31,7 +31,7 @@ WORDS = {
 }
 CHARACTERS = ("--cells=gru", "--seeds=3,1", "--units=12", "--batch_size=4", "--time=10")
 CHARACTERS += ("--steps=60", "--steps_per_call=15", "--evaluations=2", "--learning_rate=0.03")
-RUN = "characters-gru-12-seeds3.1"
+RUN = "characters-text-gru-12-seeds3.1"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -312,6 +312,21 @@ def test_wrong_requests_for_training(refusal, tmp_path, arguments, message):
 
 
 def test_no_text_at_all(command, capsys, tmp_path):
-    assert command(EXPERIMENT, f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'work'}") == 2
+    assert command(EXPERIMENT, f"--data_dir={tmp_path}", f"--workdir={tmp_path / 'work'}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/ptb is missing: give --text=FILE_OR_FOLDER")
+
+
+def test_another_text_of_the_same_name_is_another_run(refusal, tmp_path):
+    names = []
+    for folder, content in (("a", TEXT), ("b", TEXT[::-1])):
+        (tmp_path / folder).mkdir()
+        path = written(tmp_path / folder / "text.txt", content)
+        (cell,) = cells(Config(text=str(path), cells=("gru",)))
+        names.append((cell.name, runner.identity(cell)))
+    assert names[0][0] == names[1][0] == "characters-text-gru-128-seeds0" and names[0][1] != names[1][1]
+    # The same text elsewhere is the same run.
+    written(tmp_path / "elsewhere.txt", TEXT).rename(tmp_path / "b" / "text.txt")
+    (again,) = cells(Config(text=str(tmp_path / "b" / "text.txt"), cells=("gru",)))
+    assert (again.name, runner.identity(again)) == names[0]
+    assert "--segment=3" in refusal(EXPERIMENT, f"--text={path}", "--segment=3")

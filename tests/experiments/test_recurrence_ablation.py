@@ -108,7 +108,7 @@ def test_a_duration_takes_the_place_of_the_recipes(flags, durations):
 def test_a_kind_of_cell_has_its_own_fields():
     grid = cells(Config(tasks=("adding", "digits"), lengths=(25,)))
     assert {(c.task, c.cell): c.learning_rate for c in grid} == {
-        (task, cell): 2e-3 if cell == "irnn" else {"adding": 1e-2, "digits": 5e-3}[task]
+        (task, cell): 1e-3 if cell == "irnn" else {"adding": 1e-2, "digits": 5e-3}[task]
         for task in ("adding", "digits")
         for cell in ("tanh", "irnn", "lstm", "gru")
     }

@@ -167,3 +167,15 @@ def test_the_axis_names_a_floor_where_one_was_reached(saved):
     floored = recurrence_figures.gradient_against_distance(panels, floor=0.5)
     assert floored.axes[0].get_ylabel().endswith("(0.5 where less)")
     assert lines(floored.axes[0]) == [([0, 1], pytest.approx([1.0, 0.5]))]
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_what_explodes_leaves_the_panel_and_does_not_flatten_the_others(saved, log):
+    panel = Panel({"irnn": seeds([0.1], [1e30]), "lstm": seeds([0.1], [0.01])}, "loss", "MSE", 0.2, log)
+    (axis,) = (figure := recurrence_figures.loss_curves({"adding": panel})).axes
+    saved(figure)
+    assert axis.get_ylim()[1] == pytest.approx(0.4) and axis.get_ylim()[0] < 0.02
+    scores = {"irnn": {10: [1e30], 20: [0.1]}, "lstm": {10: [0.1], 20: [0.01]}}
+    (axis,) = (figure := recurrence_figures.score_against_length(scores, "MSE", {10: 0.2, 20: 0.2}, log)).axes
+    saved(figure)
+    assert axis.get_ylim()[1] == pytest.approx(0.4)
