@@ -18,6 +18,10 @@ from flax import linen as nn
 from research.ops import recurrence, recurrent
 
 Initializer = Callable[..., jax.Array]
+
+# With so few inputs their product is made step by step: for all times at once it would be written, and its gradient
+# read, at more cost than it saves.
+_FEW_INPUTS = 4
 _ORTHOGONAL = nn.initializers.orthogonal()
 
 
@@ -153,26 +157,40 @@ class Recurrent(nn.Module):
         kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), (x.shape[-1], width))
         inner = self.param("recurrent_kernel", _by_gate(self.cell.recurrent_init, gates), (n, width))
         own = {name: self.param(name, init, (n,)) for name, init in self.cell.own.items()}
-        a = jnp.swapaxes(x, 0, 1) @ kernel
-        if self.use_bias:
-            a = a + self.param("bias", nn.initializers.zeros, (width,))
+        bias = self.param("bias", nn.initializers.zeros, (width,)) if self.use_bias else jnp.zeros(width)
         if carry is None:
-            carry = jax.tree.map(lambda leaf: leaf.astype(a.dtype), self.cell.initial(x.shape[0], n))
+            dtype = jnp.result_type(x, kernel)
+            carry = jax.tree.map(lambda leaf: leaf.astype(dtype), self.cell.initial(x.shape[0], n))
+        step, x = self.cell.step, jnp.swapaxes(x, 0, 1)
+        few = x.shape[-1] <= _FEW_INPUTS
+        if few:
+            own, step = (kernel, bias, own), _with_products(self.cell)
         carry, outputs = recurrence.recur(
-            self.cell.step,
+            step,
             inner,
             own,
             carry,
-            a,
+            x if few else x @ kernel + bias,
             hidden=self.cell.hidden,
             mask=None if mask is None else mask.T,
             starts=None if starts is None else starts.T,
             reverse=self.reverse,
-            kernel_inside=self.cell.kernel_inside,
+            kernel_inside=few or self.cell.kernel_inside,
             segment=self.segment,
             nudge=None if nudge is None else jnp.swapaxes(nudge, 0, 1),
         )
         return carry, jnp.swapaxes(outputs, 0, 1)
+
+
+def _with_products(cell):
+    """The cell's step with both products made inside: `(carry, x, U, (W, b, own weights)) -> carry`."""
+
+    def step(carry, x, inner, weights):
+        kernel, bias, own = weights
+        a = x @ kernel + bias
+        return cell.step(carry, a, inner if cell.kernel_inside else cell.hidden(carry) @ inner, own)
+
+    return step
 
 
 def _by_gate(init, gates):

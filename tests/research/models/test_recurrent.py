@@ -108,3 +108,26 @@ def test_a_layer_is_its_cell_step_by_step():
     last, outputs = layer.apply({"params": params}, X)
     np.testing.assert_allclose(outputs, jnp.stack(expected, axis=1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(last.c, carry.c, rtol=1e-5, atol=1e-6)
+
+
+@each
+def test_few_inputs_are_as_many_inputs_of_which_most_are_zero(name):
+    """The product with few inputs is made inside the loop."""
+    layer = Recurrent(KINDS[name], N, reverse=name == "tanh")
+    padding = ((0, 0), (0, 0), (0, INPUTS - 2))
+    random = np.random.default_rng(2)
+    starts, nudge = random.random((BATCH, TIME)) < 0.3, random.standard_normal((BATCH, TIME, N)).astype(np.float32)
+    params = layer.init(jax.random.key(0), X[..., :2])["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    def loss(params, x, nudge):
+        _, outputs = layer.apply({"params": params}, x, mask=jnp.asarray(MASK), starts=starts, nudge=nudge)
+        return (outputs * random_weights).sum(), outputs
+
+    random_weights = random.standard_normal((BATCH, TIME, N)).astype(np.float32)
+    few = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, X[..., :2], nudge)
+    params["input_kernel"] = jnp.pad(params["input_kernel"], ((0, INPUTS - 2), (0, 0)))
+    many = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(params, np.pad(X[..., :2], padding), nudge)
+    many[0][0]["input_kernel"] = many[0][0]["input_kernel"][:2]
+    many = ((many[0][0], many[0][1][..., :2], many[0][2]), many[1])
+    jax.tree.map(lambda one, two: np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5), few, many)
