@@ -124,8 +124,11 @@ def _panel(setting: Setting, runs: Sequence[Run]) -> recurrence_figures.Panel:
     task = setting[1]
     metric = TASKS[task].metric
     groups = {LABELS[run.config["cell"]]: [run] for run in runs}
-    log = task in ("adding", "copy")
-    return recurrence_figures.Panel(groups, f"validation_{metric}", f"validation {metric}", _baseline(runs), log)
+    error, log = metric == "error", task in ("adding", "copy")
+    # Logged are nats, whatever the table makes of them.
+    unit = "loss (nats per token)" if TASKS[task].network == "text" else TASKS[task].unit
+    ylabel = f"validation {unit.replace('negative log-likelihood', 'NLL')}"
+    return recurrence_figures.Panel(groups, f"validation_{metric}", ylabel, _baseline(runs), log, from_zero=error)
 
 
 def _lengths(settings: Mapping[Setting, Sequence[Run]]) -> dict[tuple[str, str], dict[int, Sequence[Run]]]:

@@ -29,6 +29,7 @@ class Panel:
       ylabel: of the metric.
       baseline: the metric of the best model without memory, where that is known.
       log: on a logarithmic scale.
+      from_zero: a linear scale begins at zero, as it should for an error rate.
     """
 
     groups: Mapping[str, Sequence[Run]]
@@ -36,6 +37,7 @@ class Panel:
     ylabel: str
     baseline: float | None = None
     log: bool = False
+    from_zero: bool = True
 
 
 @styled
@@ -66,7 +68,7 @@ def loss_curves(panels: Mapping[str, Panel]) -> Figure:
         if panel.baseline is not None:
             axis.axhline(panel.baseline, **_BASELINE)
         axis.set(title=title, xlabel="step", ylabel=panel.ylabel)
-        _scale(axis, panel.log, panel.baseline)
+        _scale(axis, panel.log, panel.baseline, panel.from_zero)
     for axis in axes[len(panels) :]:
         axis.remove()
     for number, cell in enumerate(cells):
@@ -188,9 +190,12 @@ def _marked(number: int, points: int) -> tuple[int, int]:
     return number % 5 * max(1, points // 30), max(1, points // 6)
 
 
-def _scale(axis: Axes, log: bool, baseline: float | None = None) -> None:
+def _scale(axis: Axes, log: bool, baseline: float | None = None, from_zero: bool = True) -> None:
     axis.margins(x=0.03)
-    axis.set(**{"yscale": "log"} if log else {"ylim": (0, None)})
+    if log:
+        axis.set(yscale="log")
+    elif from_zero:
+        axis.set(ylim=(0, None))
     low, high = axis.get_ylim()
     if baseline is not None and high > _EXPLODED * baseline:
         high = 2 * baseline
