@@ -107,10 +107,12 @@ def test_a_duration_takes_the_place_of_the_recipes(flags, durations):
 
 def test_a_kind_of_cell_has_its_own_fields():
     grid = cells(Config(tasks=("adding", "digits"), lengths=(25,)))
+    rates = {
+        "adding": {"tanh": 3e-3, "irnn": 1e-3, "lstm": 1e-2, "gru": 1e-2},
+        "digits": {"tanh": 5e-3, "irnn": 2e-3, "lstm": 5e-3, "gru": 5e-3},
+    }
     assert {(c.task, c.cell): c.learning_rate for c in grid} == {
-        (task, cell): 1e-3 if cell == "irnn" else {"adding": 1e-2, "digits": 5e-3}[task]
-        for task in ("adding", "digits")
-        for cell in ("tanh", "irnn", "lstm", "gru")
+        (task, cell): rate for task, of_cell in rates.items() for cell, rate in of_cell.items()
     }
     assert {cell.learning_rate for cell in cells(Config(learning_rate=0.25))} == {0.25}
 
