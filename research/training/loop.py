@@ -1,6 +1,5 @@
 """The trainer: compiled stretches of steps, checkpoints, resume, timers. One loop for every experiment."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -19,6 +18,7 @@ from research.training.evaluation import Evaluator
 from research.training.progress import Reporter
 from research.training.run_folder import RunFolder
 from research.training.state import TrainState
+from research.training.timers import Timers
 
 # A checkpoint at least this often, in seconds of wall time; when one is written changes no result.
 _CHECKPOINT_SECONDS = 60.0
@@ -161,7 +161,7 @@ def train(
     mesh = parallel.make_mesh(plan.devices)
     _check(plan, splits, mesh.size)
     mode = parallel.choose_mode(plan.parallel, mesh.size)
-    timers = _Timers()
+    timers = Timers()
     environment.record(folder.path, context.command, splits.checksums, reporter.note)
 
     with timers("compile"):
@@ -314,7 +314,7 @@ def _check_finite(losses: np.ndarray, at: int, context: Context) -> np.ndarray:
     )
 
 
-def _restore(context: Context, initial: TrainState, timers: "_Timers"):
+def _restore(context: Context, initial: TrainState, timers: Timers):
     """The newest usable state and best evaluation of the run folder, its metrics file cut back to that moment."""
     folder, reporter = context.folder, context.reporter
     with timers("checkpoint"):
@@ -330,23 +330,3 @@ def _restore(context: Context, initial: TrainState, timers: "_Timers"):
     restored = state.unflatten(newest.arrays, initial, str(newest.path))
     reporter.note(f"{context.label}: going on from step {newest.step}")
     return restored, newest.metadata["evaluated"]
-
-
-class _Timers:
-    """Wall time by what it was spent on. Bodies must end with the device idle, or they measure nothing."""
-
-    def __init__(self):
-        self.seconds = dict.fromkeys(("compile", "train", "evaluate", "checkpoint"), 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str):
-        lap = _Lap()
-        start = time.perf_counter()
-        yield lap
-        lap.seconds = time.perf_counter() - start
-        self.seconds[name] += lap.seconds
-
-
-@dataclasses.dataclass
-class _Lap:
-    seconds: float = math.nan

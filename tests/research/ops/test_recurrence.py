@@ -103,8 +103,7 @@ def test_values_and_gradients_equal_those_of_a_loop(name, options):
     assert_equal(one, two)
 
 
-@each
-@pytest.mark.parametrize("segment", [1, 4, 20])
+@pytest.mark.parametrize(("name", "segment"), [*((name, 4) for name in CELLS), ("lstm", 1), ("lstm", 20)])
 def test_segments_change_nothing(name, segment):
     one, two = (value_and_gradients(partial(scanned, mask=MASK, **o), name) for o in ({}, {"segment": segment}))
     assert_equal(one, two, 1e-12)
@@ -151,8 +150,11 @@ def test_a_packed_batch_equals_its_sequences_one_by_one(name, options):
     assert_equal(*(value_and_gradients(run, name) for run in (packed, apart)))
 
 
-@each
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"segment": 4}], ids=["whole", "reverse", "segments"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in CELLS]
+    + [(name, options) for name in ("lstm", "gru before") for options in ({"reverse": True}, {"segment": 4})],
+)
 def test_a_nudge_is_added_to_the_state_and_its_gradient_is_that_of_the_state(name, options):
     kernel, own, carry, a = arguments(name)
     random = np.random.default_rng(5)
