@@ -70,3 +70,13 @@ def smoke(commands, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     done.workdir = workdir
     return done
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA does little to programs, for tests of which compiling is most of the time."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -7,7 +7,6 @@ import math
 import re
 from types import SimpleNamespace
 
-import jax
 import pytest
 
 from experiments import memory
@@ -90,13 +89,6 @@ def test_a_whole_command(commands, tmp_path):
     assert [row["temporary_bytes"] for row in found] == [str(r["temporary_bytes"]) for r in results.values()]
     assert {row["step_seconds"] for row in found} == {row["peak_resident_bytes"] for row in found} == {""}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"memory.png", "memory.svg"}
-
-
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_steps_are_taken_where_asked_for(quick_compilation, tmp_path):

@@ -25,13 +25,7 @@ STATISTICS = {
     *("jacobian_gain", "shortcut_jacobian_gain", "activation_std", "forward_residue"),
 }
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,7 @@ IMAGES = RANDOM.standard_normal((6, 8, 8, 3))
 LABELS = RANDOM.integers(0, 10, 6).astype(np.int32)
 STAGES = (3, 1)
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def network(units, residual=True):

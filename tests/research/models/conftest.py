@@ -10,11 +10,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def compiled_quickly(quick_compilation):
+    """All tests of models."""
 
 
 @functools.cache

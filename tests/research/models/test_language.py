@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.models.language import FeedForwardLanguageModel, RecurrentLanguageModel
-from research.models.recurrent import Cell, lstm
+from research.models.recurrent import Cell, lstm, vanilla
 from research.ops.recurrent import vanilla_step
 
 VOCABULARY, STREAMS, TIME = 11, 4, 6
@@ -17,7 +17,7 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (STREAMS, TIME)).astyp
 ALL, NONE = np.ones(STREAMS, bool), np.zeros(STREAMS, bool)
 KEY = jax.random.key(0)
 LAYERS = [("layer1", 5, 4), ("layer2", 4, 3)]  # inputs and units
-SIGMOID = Cell(1, lambda h, a, r, _: vanilla_step(h, a, r, activation=jax.nn.sigmoid))  # deck 004's units
+SIGMOID = vanilla("sigmoid")  # deck 004's units
 
 recurrent = functools.partial(
     RecurrentLanguageModel, vocabulary=VOCABULARY, embedding=5, cell=lstm(), features=(4, 3), streams=STREAMS

@@ -34,14 +34,6 @@ NETWORKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def torch():
     return pytest.importorskip("torch", reason="torch is not installed (extra [bench])")

@@ -32,13 +32,7 @@ CASES = [
 ]
 CHANNELS, FEATURES = 3, 4
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def arrays(batch, height, width, kernel_height, kernel_width, dtype=np.float64, seed=0):

@@ -11,13 +11,7 @@ from research.ops.dropout import keep_mask
 
 KEY = jax.random.key(0)
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])

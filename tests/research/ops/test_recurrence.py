@@ -13,13 +13,7 @@ TIME, BATCH, N, INPUTS = 11, 3, 4, 5
 LENGTHS = np.array([11, 5, 8])
 MASK = np.arange(TIME)[:, None] < LENGTHS
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def hidden(carry):

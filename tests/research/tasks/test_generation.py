@@ -14,13 +14,7 @@ VOCABULARY, STEPS = 9, 8
 PROMPT = np.random.default_rng(1).permuted(np.tile(np.arange(VOCABULARY, dtype=np.int32), (6, 1)), axis=1)[:, :3]
 KEY = jax.random.key(0)
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def network(make, *architecture):

@@ -24,13 +24,7 @@ BATCH = {
     "first": np.array([True, False, False]),
 }
 
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    """Compiling is most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def giving(logits):
