@@ -15,7 +15,7 @@ from research.data import digits
 from research.errors import Interrupted, UsageError
 from research.models import cifar_resnet
 from research.tasks.classification import classification
-from research.training import checkpoint, loop, optimizers, parallel, run_folder, state, step
+from research.training import checkpoint, loop, optimizers, parallel, run_folder, state, step, timers
 from research.training.progress import Reporter
 
 DATA = digits.load()
@@ -307,7 +307,7 @@ def test_times_add_up_to_no_more_than_there_was(tmp_path):
 def test_times_of_all_sittings_are_added(tmp_path, monkeypatch):
     now = iter(range(100_000))  # a second each time the clock is read, so every lap takes one: times count laps
     clock = SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(timers, "time", clock)
     chosen = plan(steps=6, steps_per_call=1, evaluate_every=2)
     whole = train(tmp_path / "whole", chosen).seconds
     # Compiled: the initial state, the evaluation, one stretch. Looked for and saved at 0, 2, 4 and 6.
