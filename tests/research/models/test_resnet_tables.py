@@ -216,7 +216,11 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("constructor", "wrong", "message"), WRONG, ids=lambda value: str(value)[:40])
+def named(value):
+    return getattr(value, "__name__", str(value)[:40])
+
+
+@pytest.mark.parametrize(("constructor", "wrong", "message"), WRONG, ids=named)
 def test_a_wrong_request_is_one_line_that_names_the_choices(constructor, wrong, message):
     with pytest.raises(UsageError) as caught:
         constructor(**wrong)
