@@ -4,6 +4,9 @@ A `Cell` says what a layer needs to know of a kind of unit; `CELLS` are their co
 units that reads d features, gate blocks beside each other (order: the step's docstring):
 
     input_kernel [d, gates n]    recurrent_kernel [n, gates n]    bias [gates n]    and the cell's own [n]
+
+With `kernels` the units stand on every pixel of a map and both kernels begin with their height and width: ConvLSTM,
+ConvGRU.
 """
 
 import dataclasses
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from research.ops import recurrence, recurrent
+from research.ops import conv, recurrence, recurrent
 
 Initializer = Callable[..., jax.Array]
 
@@ -32,19 +35,21 @@ class Cell:
     Attributes:
       gates: blocks of pre-activations.
       step: `(carry, a, r or U, own weights) -> carry`.
-      initial: `(batch, n) -> carry` before the first step, zeros.
+      initial: `(batch, ..., n) -> carry` before the first step, zeros: of the world outside nothing is known.
       hidden: the carry's part that is put out.
-      recurrent_init: of each block `[n, n]` of the recurrent kernel.
+      recurrent_init: of each block `[..., n, n]` of the recurrent kernel.
       own: names and initialisers of further weights `[n]`.
-      kernel_inside: the step multiplies by U itself.
+      own_by_position: on a map those are `[height, width, n]`.
+      kernel_inside: the step multiplies by U itself, with the argument `product`.
     """
 
     gates: int
     step: Callable[..., Any]
-    initial: Callable[[int, int], Any] = lambda batch, n: jnp.zeros((batch, n))
+    initial: Callable[..., Any] = lambda *shape: jnp.zeros(shape)
     hidden: Callable[[Any], jax.Array] = lambda h: h
     recurrent_init: Initializer = _ORTHOGONAL
     own: Mapping[str, Initializer] = dataclasses.field(default_factory=dict)
+    own_by_position: bool = False
     kernel_inside: bool = False
 
 
@@ -62,7 +67,8 @@ def irnn() -> Cell:
     """
 
     def identity(key, shape, dtype=jnp.float32):
-        return jnp.eye(*shape, dtype=dtype)
+        centre = tuple(size // 2 for size in shape[:-2])  # of a convolution
+        return jnp.zeros(shape, dtype).at[centre].set(jnp.eye(*shape[-2:], dtype=dtype))
 
     return dataclasses.replace(vanilla("relu"), recurrent_init=identity)
 
@@ -72,8 +78,11 @@ def leaky(leak: float = 0.9) -> Cell:
     return Cell(1, lambda h, a, r, _: recurrent.leaky_step(h, a, r, leak=leak))
 
 
-def lstm(forget_bias: float = 1.0, peepholes: bool = False, candidate: str = "tanh") -> Cell:
-    """LSTM; `candidate="sigmoid"` is Goodfellow's form. Peepholes begin at zero."""
+def lstm(forget_bias: float = 1.0, peepholes: bool = False, candidate: str = "tanh", by_position: bool = False) -> Cell:
+    """LSTM; `candidate="sigmoid"` is Goodfellow's form. Peepholes begin at zero.
+
+    On a map all positions share them, as the parameter counts of Shi et al. 2015 say, or with `by_position` none do.
+    """
     act = {"tanh": jnp.tanh, "sigmoid": nn.sigmoid}[candidate]
 
     def step(carry, a, r, own):
@@ -83,8 +92,9 @@ def lstm(forget_bias: float = 1.0, peepholes: bool = False, candidate: str = "ta
     return Cell(
         gates=4,
         step=step,
-        initial=lambda batch, n: recurrent.LSTMCarry(jnp.zeros((batch, n)), jnp.zeros((batch, n))),
+        initial=lambda *shape: recurrent.LSTMCarry(jnp.zeros(shape), jnp.zeros(shape)),
         hidden=lambda carry: carry.h,
+        own_by_position=by_position,
         own={f"peephole_{gate}": nn.initializers.zeros for gate in "ifo"} if peepholes else {},
     )
 
@@ -92,7 +102,11 @@ def lstm(forget_bias: float = 1.0, peepholes: bool = False, candidate: str = "ta
 def gru(reset: str = "after") -> Cell:
     """GRU with the reset gate after the product (cuDNN, PyTorch; with a bias of its own) or before (Cho, Chung)."""
     if reset == "before":
-        return Cell(3, lambda h, a, u, _: recurrent.gru_reset_before_step(h, a, u), kernel_inside=True)
+
+        def step(h, a, kernel, own, product=jnp.matmul):
+            return recurrent.gru_reset_before_step(h, a, kernel, product=product)
+
+        return Cell(3, step, kernel_inside=True)
     return Cell(
         gates=3,
         step=lambda h, a, r, own: recurrent.gru_reset_after_step(h, a, r, bias=own["reset_bias"]),
@@ -102,7 +116,11 @@ def gru(reset: str = "after") -> Cell:
 
 def mgu() -> Cell:
     """Minimal gated unit."""
-    return Cell(2, lambda h, a, u, _: recurrent.minimal_gated_step(h, a, u), kernel_inside=True)
+
+    def step(h, a, kernel, own, product=jnp.matmul):
+        return recurrent.minimal_gated_step(h, a, kernel, product=product)
+
+    return Cell(2, step, kernel_inside=True)
 
 
 CELLS = {
@@ -120,9 +138,13 @@ CELLS = {
 class Recurrent(nn.Module):
     """One recurrent layer over time.
 
+        a_t = x_t W + b        r_t = h_{t-1} U        carry_t = step(carry_{t-1}, a_t, r_t)
+
     Attributes:
       cell: see `Cell`.
-      features: n, its units.
+      features: n, its units; on a map its channels.
+      kernels: height and width of W and of U on a map, where products are convolutions of stride 1 padded with zeros;
+        None for vectors. What reaches a state has come from an area that grows by U's size - 1 with every step.
       use_bias: whether pre-activations have a bias.
       reverse: walks from the last time to the first.
       segment: see `research.ops.recurrence.recur`.
@@ -130,6 +152,7 @@ class Recurrent(nn.Module):
 
     cell: Cell
     features: int
+    kernels: tuple[int, int] | None = None
     use_bias: bool = True
     reverse: bool = False
     segment: int | None = None
@@ -137,47 +160,63 @@ class Recurrent(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | None,
         carry: Any = None,
         mask: jax.Array | None = None,
         starts: jax.Array | None = None,
         nudge: jax.Array | None = None,
+        time: int | None = None,
     ) -> tuple[Any, jax.Array]:
-        """The last carry, and outputs `[batch, time, n]` of x `[batch, time, features]`.
+        """The last carry, and outputs `[batch, time, ..., n]` of x `[batch, time, ..., features]`.
 
         Args:
-          x: the sequence.
+          x: the sequence; `...` is nothing, or height and width. None for none, as in a decoder: W is not there then.
           carry: before the first step; zeros when None.
           mask: `[batch, time]` bool, False where a sequence has ended: zero output there, the carry stays.
           starts: `[batch, time]` bool, True where a sequence begins: what stands before it in the row is forgotten.
-          nudge: `[batch, time, n]`, added to the hidden states; its gradient is that at the states.
+          nudge: `[batch, time, ..., n]`, added to the hidden states; its gradient is that at the states.
+          time: steps to take without x, with a carry.
         """
-        n, gates = self.features, self.cell.gates
-        width = gates * n
-        kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), (x.shape[-1], width))
-        inner = self.param("recurrent_kernel", _by_gate(self.cell.recurrent_init, gates), (n, width))
-        own = {name: self.param(name, init, (n,)) for name, init in self.cell.own.items()}
+        cell, n = self.cell, self.features
+        width = cell.gates * n
+        product, (input_window, inner_window) = jnp.matmul, ((), ())
+        if self.kernels is not None:
+            product, (input_window, inner_window) = conv.conv2d, [(size, size) for size in self.kernels]
+        positions = (cell.hidden(carry).shape if x is None else x.shape[:1] + x.shape[2:])[1:-1]
+        own_shape = (*positions, n) if cell.own_by_position else (n,)
+        kernel = None
+        if x is not None:
+            kernel = self.param("input_kernel", nn.initializers.glorot_uniform(), (*input_window, x.shape[-1], width))
+        inner = self.param("recurrent_kernel", _by_gate(cell.recurrent_init, cell.gates), (*inner_window, n, width))
+        own = {name: self.param(name, init, own_shape) for name, init in cell.own.items()}
         bias = self.param("bias", nn.initializers.zeros, (width,)) if self.use_bias else jnp.zeros(width)
         if carry is None:
             dtype = jnp.result_type(x, kernel)
-            carry = jax.tree.map(lambda leaf: leaf.astype(dtype), self.cell.initial(x.shape[0], n))
-        step, x = self.cell.step, jnp.swapaxes(x, 0, 1)
-        few = x.shape[-1] <= _FEW_INPUTS
-        if few:
-            own, step = (kernel, bias, own), _with_products(self.cell)
+            carry = jax.tree.map(lambda leaf: leaf.astype(dtype), cell.initial(x.shape[0], *positions, n))
+        options = {"hidden": cell.hidden, "product": product, "kernel_inside": cell.kernel_inside}
+        step = partial(cell.step, product=product) if cell.kernel_inside else cell.step
+        if x is None:
+            own, step = (bias, own), _without_input(step, cell)
+            a = jnp.zeros((time, len(cell.hidden(carry)), 0), bias.dtype)
+        elif self.kernels is None and x.shape[-1] <= _FEW_INPUTS:
+            own, step = (kernel, bias, own), _with_products(cell)
+            a, options["kernel_inside"] = jnp.swapaxes(x, 0, 1), True
+        else:
+            x = jnp.swapaxes(x, 0, 1)
+            a = product(x.reshape(-1, *x.shape[2:]), kernel) + bias  # of all times as of one large batch
+            a = a.reshape(*x.shape[:2], *a.shape[1:])
         carry, outputs = recurrence.recur(
             step,
             inner,
             own,
             carry,
-            x if few else x @ kernel + bias,
-            hidden=self.cell.hidden,
+            a,
             mask=None if mask is None else mask.T,
             starts=None if starts is None else starts.T,
             reverse=self.reverse,
-            kernel_inside=few or self.cell.kernel_inside,
             segment=self.segment,
             nudge=None if nudge is None else jnp.swapaxes(nudge, 0, 1),
+            **options,
         )
         return carry, jnp.swapaxes(outputs, 0, 1)
 
@@ -193,12 +232,21 @@ def _with_products(cell):
     return step
 
 
+def _without_input(step, cell):
+    """The step with the bias alone for `a`: `(carry, nothing, r or U, (b, own weights)) -> carry`."""
+
+    def without(carry, nothing, r, weights):
+        bias, own = weights
+        return step(carry, jnp.broadcast_to(bias, (*cell.hidden(carry).shape[:-1], bias.size)), r, own)
+
+    return without
+
+
 def _by_gate(init, gates):
-    """Draws each gate's square block on its own."""
+    """Draws each gate's block `[..., n, n]` on its own."""
 
     def draw(key, shape, dtype=jnp.float32):
-        n = shape[0]
-        blocks = [init(key, (n, n), dtype) for key in jax.random.split(key, gates)]
+        blocks = [init(key, (*shape[:-1], shape[-2]), dtype) for key in jax.random.split(key, gates)]
         return jnp.concatenate(blocks, axis=-1)
 
     return draw

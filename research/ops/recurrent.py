@@ -8,6 +8,11 @@ and gives the new carry. Both products are made outside (`research.ops.recurrenc
 the second step by step, so that its weight gradient is one product. Cells that multiply by U inside the step (the reset
 gate before the product) take `h` and U instead. Gate blocks lie beside each other along the last axis, in the order
 that each docstring gives.
+
+Everything that a step does itself is elementwise, so `[batch, n]` may be `[batch, height, width, n]` everywhere: with
+convolutions for the products, `a = W * x + b` and `r = U * h`, the LSTM is the ConvLSTM of Shi et al. 2015 and the GRU
+the ConvGRU of Ballas et al. 2016 (reset before) and Shi et al. 2017 (reset after). What reaches the cell state through
+a 1 x 1 map stays there, as in the LSTM; a state-to-state kernel above 1 x 1 lets it wander.
 """
 
 from collections.abc import Callable
@@ -18,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 Activation = Callable[[jax.Array], jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class LSTMCarry(NamedTuple):
@@ -28,7 +34,7 @@ class LSTMCarry(NamedTuple):
 
 
 class Peepholes(NamedTuple):
-    """Diagonal weights `[n]` from the cell to the input, forget and output gates."""
+    """Diagonal weights from the cell to the input, forget and output gates: `[n]`, or `[height, width, n]` on a map."""
 
     i: jax.Array
     f: jax.Array
@@ -90,7 +96,9 @@ def lstm_step(
       peepholes: the terms p c; None for none (Graves 2013 and FC-LSTM have them, Zaremba et al. 2014 and PyTorch not).
       candidate: tanh as usual; sigmoid is the form of Goodfellow et al. 2016, equation 10.41.
 
-    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate), 2002 (peepholes).
+    Source: Hochreiter and Schmidhuber 1997; Gers et al. 2000 (forget gate), 2002 (peepholes); Shi et al. 2015, equation
+    3, on maps. That equation writes the peepholes as a Hadamard product, which reads as a weight for every position;
+    the parameter counts of the paper's Table 1 are met by one for every channel.
     """
     chex.assert_equal_shape([a, r])
     chex.assert_shape([a], (*carry.c.shape[:-1], 4 * carry.c.shape[-1]))
@@ -123,7 +131,7 @@ def gru_reset_after_step(h: jax.Array, a: jax.Array, r: jax.Array, *, bias: jax.
     return (1 - z) * h + z * jnp.tanh(a_g + s * (r_g + bias))
 
 
-def gru_reset_before_step(h: jax.Array, a: jax.Array, kernel: jax.Array) -> jax.Array:
+def gru_reset_before_step(h: jax.Array, a: jax.Array, kernel: jax.Array, *, product: Product = jnp.matmul) -> jax.Array:
     """Gated recurrent unit with the reset gate before the product; gate blocks z, s, g.
 
         z = sigmoid(a_z + h U_z)        s = sigmoid(a_s + h U_s)
@@ -133,17 +141,18 @@ def gru_reset_before_step(h: jax.Array, a: jax.Array, kernel: jax.Array) -> jax.
       h: hidden state `[batch, n]`.
       a: `[batch, 3 n]`.
       kernel: U `[n, 3 n]`.
+      product: `(h, U) -> h U`.
 
-    Source: Cho et al. 2014; Chung et al. 2014, equations 5 to 8.
+    Source: Cho et al. 2014; Chung et al. 2014, equations 5 to 8; Ballas et al. 2016, equations 9 to 12, on maps.
     """
     n = h.shape[-1]
-    chex.assert_shape([a, kernel], [(*h.shape[:-1], 3 * n), (n, 3 * n)])
-    z, s = jnp.split(jax.nn.sigmoid(a[..., : 2 * n] + h @ kernel[:, : 2 * n]), 2, axis=-1)
-    g = jnp.tanh(a[..., 2 * n :] + (s * h) @ kernel[:, 2 * n :])
+    chex.assert_shape([a, kernel], [(*h.shape[:-1], 3 * n), (..., n, 3 * n)])
+    z, s = jnp.split(jax.nn.sigmoid(a[..., : 2 * n] + product(h, kernel[..., : 2 * n])), 2, axis=-1)
+    g = jnp.tanh(a[..., 2 * n :] + product(s * h, kernel[..., 2 * n :]))
     return (1 - z) * h + z * g
 
 
-def minimal_gated_step(h: jax.Array, a: jax.Array, kernel: jax.Array) -> jax.Array:
+def minimal_gated_step(h: jax.Array, a: jax.Array, kernel: jax.Array, *, product: Product = jnp.matmul) -> jax.Array:
     """Minimal gated unit, one gate for both reset and update; gate blocks f, g.
 
         f = sigmoid(a_f + h U_f)        g = tanh(a_g + (f h) U_g)        h' = (1 - f) h + f g
@@ -152,11 +161,12 @@ def minimal_gated_step(h: jax.Array, a: jax.Array, kernel: jax.Array) -> jax.Arr
       h: hidden state `[batch, n]`.
       a: `[batch, 2 n]`.
       kernel: U `[n, 2 n]`.
+      product: `(h, U) -> h U`.
 
     Source: Zhou et al. 2016, "Minimal Gated Unit for Recurrent Neural Networks", equations 10 to 12.
     """
     n = h.shape[-1]
-    chex.assert_shape([a, kernel], [(*h.shape[:-1], 2 * n), (n, 2 * n)])
-    f = jax.nn.sigmoid(a[..., :n] + h @ kernel[:, :n])
-    g = jnp.tanh(a[..., n:] + (f * h) @ kernel[:, n:])
+    chex.assert_shape([a, kernel], [(*h.shape[:-1], 2 * n), (..., n, 2 * n)])
+    f = jax.nn.sigmoid(a[..., :n] + product(h, kernel[..., :n]))
+    g = jnp.tanh(a[..., n:] + product(f * h, kernel[..., n:]))
     return (1 - f) * h + f * g

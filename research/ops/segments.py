@@ -26,7 +26,7 @@ def scan_in_segments(run: Callable[[Any, Any], tuple[Any, Any]], carry: Any, xs:
     run = jax.checkpoint(run)
     length = jax.tree.leaves(xs)[0].shape[0]
     whole = length - length % size
-    carry, ys = lax.scan(run, carry, jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), xs))
+    carry, ys = lax.scan(run, carry, jax.tree.map(lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), xs))
     ys = jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys)
     if whole < length:
         carry, rest = run(carry, jax.tree.map(lambda x: x[whole:], xs))
