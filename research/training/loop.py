@@ -23,9 +23,6 @@ from research.training.timers import Timers
 # A checkpoint at least this often, in seconds of wall time; when one is written changes no result.
 _CHECKPOINT_SECONDS = 60.0
 
-# Examples of an evaluation call at most: one compiled program serves every split.
-_EVALUATION_BATCH = 256
-
 
 class Diverged(CarouselError):
     """The loss is not a finite number any more."""
@@ -48,6 +45,7 @@ class Plan:
       evaluate_every: steps between evaluations on the validation and test splits.
       select: the network of which the final evaluation is: the `last`, or with `best` the one of the lowest error (or
         loss, for a task without) on the validation split; of several seeds each its own.
+      evaluation_batch_size: examples of an evaluation call at most: one compiled program serves every split.
       train_evaluation_examples: of how many of the training examples (the first) the final evaluation is; None for all.
       parallel: `auto`, `pmap`, `jit` or `shard_map`.
       devices: how many; None for all that there are.
@@ -59,6 +57,7 @@ class Plan:
     steps_per_call: int
     evaluate_every: int
     select: str = "last"
+    evaluation_batch_size: int = 256
     train_evaluation_examples: int | None = None
     parallel: str = "auto"
     devices: int | None = None
@@ -187,7 +186,7 @@ def train(
     reporter.start(context.label, plan.steps, at)
 
     with timers("compile"):
-        at_once = min(_EVALUATION_BATCH, max(1, splits.validation, splits.test))
+        at_once = min(plan.evaluation_batch_size, max(1, splits.validation, splits.test))
         options = {"batch_size": plan.batch_size if task.carries else at_once, "seed": plan.seed}
         evaluator = Evaluator(evaluated_task, mesh, current.variables, data, **options)
 

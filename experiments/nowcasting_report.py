@@ -1,0 +1,188 @@
+"""Tables and figures of the nowcasting experiment, from its run folders alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from experiments.nowcasting_cells import BASELINES, label_of
+from research.analysis import figures, nowcast_figures, recurrence_figures, results, tables
+from research.analysis.results import Run, spread
+from research.data import radar
+
+TITLES = {"moving_digits": "Moving digits", "moving_mnist": "Moving MNIST", "radar": "Radar"}
+
+# Shi et al. 2015, Table 1: cross-entropy in nats a sequence; and Table 2, on radar frames of Hong Kong.
+PAPER_CROSS_ENTROPY = {
+    "fc-2048-2048": 4832.49,
+    "5x5-5x5-256": 3887.94,
+    "5x5-5x5-128-128": 3733.56,
+    "5x5-5x5-128-64-64": 3670.85,
+    "9x9-1x1-128-128": 4782.84,
+    "9x9-1x1-128-64-64": 4231.50,
+}
+_PAPER_RADAR = ("rainfall_mse", "csi", "far", "pod", "correlation")
+PAPER_RADAR = {
+    network: dict(zip(_PAPER_RADAR, values, strict=True))
+    for network, values in {
+        "3x3-3x3-64-64": (1.420, 0.577, 0.195, 0.660, 0.908),
+        "fc-2000-2000": (1.865, 0.286, 0.335, 0.351, 0.774),
+        "optical_flow": (1.684, 0.522, 0.301, 0.642, 0.850),  # ROVER2
+    }.items()
+}
+# name in the scores -> (column and axis, significant places, is less better)
+SCORES = {
+    "cross_entropy": ("cross-entropy (nats per sequence)", "cross-entropy (nats per frame)", 4),
+    "squared_error": ("squared error per frame", "squared error per frame", 3),
+    "ssim": ("SSIM", "SSIM", 3),
+    "rainfall_mse": ("rainfall MSE (mm²/h²)", "rainfall MSE (mm²/h²)", 3),
+    "csi": ("CSI", "CSI", 3),
+    "far": ("FAR", "FAR", 3),
+    "pod": ("POD", "POD", 3),
+    "correlation": ("correlation", "correlation", 3),
+}
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
+    runs = results.read_runs(workdir / "runs" / name for name in names)
+    tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
+    groups = results.group(runs, lambda run: (run.config["network"], run.config["cell"]))
+    groups = {label_of(*key): same for key, same in groups.items()}
+    config = runs[0].config
+    rows = [_row(name, same) for name, same in groups.items()]
+    shown = [score for score in SCORES if any(SCORES[score][0] in row for row in rows)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [{column: row.get(column, "-") for column in columns} for row in rows]
+    print(tables.render(f"\n{_title(runs)}{results.unfinished(names, runs)}", rows))
+    if "csi" in shown:
+        print(f"rain is {radar.THRESHOLD} mm/h or more; CSI, FAR, POD and correlation of sums over all frames")
+    if set(PAPER_CROSS_ENTROPY) & {run.config["network"] for run in runs} and config["dataset"] == "moving_mnist":
+        print("paper: Shi et al. 2015, Table 1; differences: experiments/nowcasting.py")
+    written = _draw(runs, groups, shown, workdir / "figures")
+    print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(str(path) for path in written)}")
+
+
+def _title(runs: Sequence[Run]) -> str:
+    config, examples = runs[0].config, runs[0].result.get("examples") or {}
+    sizes = (
+        f"{config['frame']}x{config['frame']} pixels, {config['observed']} frames seen, {config['horizon']} forecast"
+    )
+    counts = f"{examples.get('train', 0):,} training, {examples.get('test', 0):,} test sequences"
+    return f"{TITLES[config['dataset']]}, {sizes}; {counts}; test scores"
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    """A row of `summary.csv`: what was run, scores, times."""
+    config, result = run.config, run.result
+    overall = (result.get("scores") or {}).get("overall", {})
+    names = ("dataset", "network", "cell", "seed", "frame", "observed", "horizon", "patch", "batch_size", "optimizer")
+    losses = [f"{split}_loss" for split in ("train", "validation", "test")]
+    return (
+        {name: config[name] for name in (*names, "learning_rate")}
+        | {name: result.get(name) for name in ("params", "steps", *losses)}
+        | {name: overall.get(name) for name in SCORES}
+        | {"seconds": sum((result.get("seconds") or {}).values())}
+        | {"failure": result.get("failure", ""), "final_state_sha256": result.get("final_state_sha256", "")}
+    )
+
+
+def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+    network, dataset = runs[0].config["network"], runs[0].config["dataset"]
+    found = [run.result["scores"]["overall"] for run in runs if "scores" in run.result]
+    paper = {"cross_entropy": PAPER_CROSS_ENTROPY.get(network)} if dataset == "moving_mnist" else {}
+    paper |= PAPER_RADAR.get(network, {}) if dataset == "radar" else {}
+    row = {"forecast": name, "parameters": f"{runs[0].result['params']:,}" if runs[0].result.get("params") else "-"}
+    for score, (title, _, digits) in SCORES.items():
+        values = [overall[score] for overall in found if overall.get(score) is not None]
+        if paper.get(score) is not None:
+            row[f"{title}: paper"] = f"{paper[score]:g}"
+        if values:
+            row[title] = _text(values, digits)
+    seconds = sum(sum((run.result.get("seconds") or {}).values()) for run in runs)
+    if network not in BASELINES:
+        row |= {"steps": runs[0].result.get("steps", "-"), "seconds": f"{seconds:.0f}"}
+    if len(found) < len(runs):
+        row["diverged"] = f"{len(runs) - len(found)} of {len(runs)}"
+    return row
+
+
+def _text(values: Sequence[float], digits: int) -> str:
+    """Mean, and of several standard deviation and n."""
+    found = spread(values)
+    mean = f"{found.mean:.0f}" if abs(found.mean) >= 10**digits else f"{found.mean:.{digits}g}"
+    if found.n == 1:
+        return mean
+    return f"{mean} ± {found.std:.0f} (n={found.n})" if found.std >= 10 else f"{mean} ± {found.std:.2g} (n={found.n})"
+
+
+def _draw(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]], shown: Sequence[str], folder: Path) -> list[Path]:
+    made_from = figures.provenance(runs)
+    minutes = next((run.result["minutes"] for run in runs if run.result.get("minutes")), None)
+    learned = {name: same for name, same in groups.items() if same[0].config["network"] not in BASELINES}
+    baselines = [name for name in groups if name not in learned]
+    drawn = {}
+    if learned:
+        ylabel = "validation cross-entropy\n(nats per sequence)"
+        panel = recurrence_figures.Panel(learned, "validation_loss", ylabel, from_zero=False)
+        drawn["loss_curves"] = recurrence_figures.loss_curves({_title(runs).split(",")[0]: panel})
+    panels = {score: _by_lead(groups, score) for score in shown}
+    panels = {SCORES[score][0].split(" (")[0]: found for score, found in panels.items() if found}
+    axes = {SCORES[score][0].split(" (")[0]: SCORES[score][1] for score in shown}
+    if panels:
+        options = {"minutes": minutes, "baselines": baselines}
+        drawn["scores_against_lead"] = nowcast_figures.score_against_lead(panels, axes, **options)
+    on_maps = {name: same[0] for name, same in learned.items() if same[0].result.get("receptive_field")}
+    if on_maps:
+        fields = {name: _arrays(run, "receptive_field")["maps"] for name, run in on_maps.items()}
+        sizes = {name: run.result["receptive_field"] for name, run in on_maps.items()}
+        drawn["receptive_field"] = nowcast_figures.receptive_field(_of_one_size(fields), sizes)
+    written = [path for name, figure in drawn.items() for path in figures.save(figure, folder / name, made_from)]
+    return written + _draw_example(groups, minutes, folder, made_from)
+
+
+def _arrays(run: Run, name: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load((run.path / f"{name}.safetensors").read_bytes())
+
+
+def _of_one_size(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Maps of one size around their centres, that of the largest."""
+    size = max(maps.shape[-1] for maps in fields.values())
+    edges = {name: (size - maps.shape[-1]) // 2 for name, maps in fields.items()}
+    return {name: np.pad(maps, ((0, 0), *[(edges[name],) * 2] * 2)) for name, maps in fields.items()}
+
+
+def _by_lead(groups: Mapping[str, Sequence[Run]], score: str) -> dict[str, np.ndarray]:
+    """Forecast -> `[seeds, lead]`, of those that have the score."""
+    found = {}
+    for name, runs in groups.items():
+        rows = [run.result["scores"]["by_lead"].get(score) for run in runs if "scores" in run.result]
+        rows = [[math.nan if value is None else value for value in row] for row in rows if row]
+        if rows:
+            found[name] = np.array(rows)
+    return found
+
+
+def _draw_example(
+    groups: Mapping[str, Sequence[Run]], minutes: int | None, folder: Path, made_from: Mapping[str, str]
+) -> list[Path]:
+    """One test sequence with every forecast of it, as a strip and in motion; of each network the first seed."""
+    firsts = {name: run for name, (run, *_) in groups.items() if (run.path / "example.safetensors").exists()}
+    if not firsts:
+        return []
+    found = {name: _arrays(run, "example") for name, run in firsts.items()}
+    config = next(iter(firsts.values())).config
+    rain = config["dataset"] == "radar"
+    unit = radar.to_rain_from_grey if rain else lambda grey: grey
+    frames = unit(next(iter(found.values()))["frames"])
+    inputs, truth = frames[: config["observed"]], frames[config["observed"] :]
+    predictions = {name: unit(arrays["prediction"]) for name, arrays in found.items()}
+    options = {"scale": "rain" if rain else "grey", "minutes": minutes}
+    every = -(-len(truth) // 10)
+    strip = nowcast_figures.strip(inputs, truth, predictions, every=every, **options)
+    zoom = max(2, round(128 / config["frame"]))
+    moving = nowcast_figures.animation(inputs, truth, predictions, folder / "forecast", made_from, zoom=zoom, **options)
+    return [*figures.save(strip, folder / "strip", made_from), moving]
