@@ -226,7 +226,7 @@ def receptive_field(maps: Mapping[str, np.ndarray], sizes: Mapping[str, Sequence
             axis.imshow(np.ma.masked_equal(found[distance], 0), interpolation="nearest", **colours)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set(visible=True, color="0.5", linewidth=0.5)
-        row[0].set_ylabel(name)
+        row[0].set_ylabel(name.replace(" ", "\n", 1), fontsize=8)
         row[-1].remove()
     for axis, distance in zip(cells[0], shown, strict=False):
         axis.set_title(f"$d = {distance}$")
@@ -236,7 +236,7 @@ def receptive_field(maps: Mapping[str, np.ndarray], sizes: Mapping[str, Sequence
     axis = figure.add_subplot(grid[:, -1])
     for number, (name, diameters) in enumerate(sizes.items()):
         axis.plot(range(len(diameters)), diameters, markersize=4, label=name, **line_style(number))
-    axis.set(title="receptive field", xlabel="steps $d$ since the input", ylabel="diameter (pixels)", ylim=(0, None))
+    axis.set(title="receptive field", xlabel="steps $d$ since the input", ylabel="diameter (pixels of the map)", ylim=(0, None))
     axis.locator_params(integer=True)
     legend_below(figure, axis)
     return figure

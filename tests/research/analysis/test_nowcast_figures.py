@@ -335,7 +335,7 @@ def test_maps_and_sizes_of_receptive_fields(kernels, saved):
     figure = nowcast_figures.receptive_field(maps, sizes)
     cells = [axis for axis in figure.axes if axis.images]
     assert [axis.get_title() for axis in cells[:5]] == [f"$d = {d}$" for d in (0, 2, 4, 6, 8)]
-    assert [axis.get_ylabel() for axis in cells[::5]] == list(maps)
+    assert [axis.get_ylabel().replace("\n", " ") for axis in cells[::5]] == list(maps)
     for axis, (found, step) in zip(cells, itertools.product(maps.values(), (0, 2, 4, 6, 8)), strict=True):
         (image,) = axis.images
         np.testing.assert_allclose(np.ma.filled(image.get_array(), 0), found[step] / 40)
@@ -347,7 +347,7 @@ def test_maps_and_sizes_of_receptive_fields(kernels, saved):
     bar, curve = [axis for axis in figure.axes if not axis.images]
     assert bar.get_yscale() == "log" and "dh_T" in bar.get_ylabel()
     assert lines(curve) == [(list(range(9)), values) for values in sizes.values()]
-    assert (curve.get_xlabel(), curve.get_ylabel()) == ("steps $d$ since the input", "diameter (pixels)")
+    assert (curve.get_xlabel(), curve.get_ylabel()) == ("steps $d$ since the input", "diameter (pixels of the map)")
     assert legend_texts(figure) == list(sizes) and curve.get_ylim()[0] == 0
     saved(figure)
 
