@@ -60,14 +60,15 @@ def report(workdir: Path, names: list[str]) -> None:
     print(tables.render(f"\n{_title(runs)}{results.unfinished(names, runs)}", rows))
     if "csi" in shown:
         print(f"rain is {radar.THRESHOLD} mm/h or more; CSI, FAR, POD and correlation of sums over all frames")
-    if set(PAPER_CROSS_ENTROPY) & {run.config["network"] for run in runs} and config["dataset"] == "moving_mnist":
+    if config["dataset"] == "moving_mnist" and any(map(_published, runs)):
         print("paper: Shi et al. 2015, Table 1; differences: experiments/nowcasting.py")
     written = _draw(runs, groups, shown, workdir / "figures")
     print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(str(path) for path in written)}")
 
 
 def _title(runs: Sequence[Run]) -> str:
-    config, examples = runs[0].config, runs[0].result.get("examples") or {}
+    config = runs[0].config
+    examples = next((run.result["examples"] for run in runs if "examples" in run.result), {})  # not of what diverged
     sizes = (
         f"{config['frame']}x{config['frame']} pixels, {config['observed']} frames seen, {config['horizon']} forecast"
     )
@@ -90,21 +91,30 @@ def _summary(run: Run) -> dict[str, Any]:
     )
 
 
+def _published(run: Run) -> dict[str, float]:
+    """The paper's scores of the run's network, whose cell is the LSTM, on data like its own."""
+    network, cell, dataset = (run.config[name] for name in ("network", "cell", "dataset"))
+    if network not in BASELINES and cell != "lstm":
+        return {}
+    if dataset == "moving_mnist" and network in PAPER_CROSS_ENTROPY:
+        return {"cross_entropy": PAPER_CROSS_ENTROPY[network]}
+    return PAPER_RADAR.get(network, {}) if dataset == "radar" else {}
+
+
 def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    network, dataset = runs[0].config["network"], runs[0].config["dataset"]
-    found = [run.result["scores"]["overall"] for run in runs if "scores" in run.result]
-    paper = {"cross_entropy": PAPER_CROSS_ENTROPY.get(network)} if dataset == "moving_mnist" else {}
-    paper |= PAPER_RADAR.get(network, {}) if dataset == "radar" else {}
-    row = {"forecast": name, "parameters": f"{runs[0].result['params']:,}" if runs[0].result.get("params") else "-"}
+    finished = [run.result for run in runs if "scores" in run.result]
+    found, paper = [result["scores"]["overall"] for result in finished], _published(runs[0])
+    params, steps = ((finished[0] if finished else {}).get(name) for name in ("params", "steps"))
+    row = {"forecast": name, "parameters": f"{params:,}" if params else "-"}
     for score, (title, _, digits) in SCORES.items():
         values = [overall[score] for overall in found if overall.get(score) is not None]
-        if paper.get(score) is not None:
+        if score in paper:
             row[f"{title}: paper"] = f"{paper[score]:g}"
         if values:
             row[title] = _text(values, digits)
     seconds = sum(sum((run.result.get("seconds") or {}).values()) for run in runs)
-    if network not in BASELINES:
-        row |= {"steps": runs[0].result.get("steps", "-"), "seconds": f"{seconds:.0f}"}
+    if runs[0].config["network"] not in BASELINES:
+        row |= {"steps": steps or "-", "seconds": f"{seconds:.0f}"}
     if len(found) < len(runs):
         row["diverged"] = f"{len(runs) - len(found)} of {len(runs)}"
     return row
@@ -135,8 +145,7 @@ def _draw(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]], shown: Seque
     if panels:
         options = {"minutes": minutes, "baselines": baselines}
         drawn["scores_against_lead"] = nowcast_figures.score_against_lead(panels, axes, **options)
-    on_maps = {name: same[0] for name, same in learned.items() if same[0].result.get("receptive_field")}
-    if on_maps:
+    if on_maps := _firsts(learned, "receptive_field"):
         fields = {name: _arrays(run, "receptive_field")["maps"] for name, run in on_maps.items()}
         sizes = {name: run.result["receptive_field"] for name, run in on_maps.items()}
         drawn["receptive_field"] = nowcast_figures.receptive_field(_of_one_size(fields), sizes)
@@ -144,8 +153,18 @@ def _draw(runs: Sequence[Run], groups: Mapping[str, Sequence[Run]], shown: Seque
     return written + _draw_example(groups, minutes, folder, made_from)
 
 
+def _firsts(groups: Mapping[str, Sequence[Run]], name: str) -> dict[str, Run]:
+    """Of each forecast the first seed that has this file: not one that diverged."""
+    found = {label: [run for run in runs if _file(run, name).exists()] for label, runs in groups.items()}
+    return {label: runs[0] for label, runs in found.items() if runs}
+
+
+def _file(run: Run, name: str) -> Path:
+    return run.path / f"{name}.safetensors"
+
+
 def _arrays(run: Run, name: str) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load((run.path / f"{name}.safetensors").read_bytes())
+    return safetensors.numpy.load(_file(run, name).read_bytes())
 
 
 def _of_one_size(fields: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -169,8 +188,8 @@ def _by_lead(groups: Mapping[str, Sequence[Run]], score: str) -> dict[str, np.nd
 def _draw_example(
     groups: Mapping[str, Sequence[Run]], minutes: int | None, folder: Path, made_from: Mapping[str, str]
 ) -> list[Path]:
-    """One test sequence with every forecast of it, as a strip and in motion; of each network the first seed."""
-    firsts = {name: run for name, (run, *_) in groups.items() if (run.path / "example.safetensors").exists()}
+    """One test sequence with every forecast of it, as a strip and in motion."""
+    firsts = _firsts(groups, "example")
     if not firsts:
         return []
     found = {name: _arrays(run, "example") for name, run in firsts.items()}
