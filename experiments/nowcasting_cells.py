@@ -170,7 +170,8 @@ def cells(config: Config) -> list[NowcastCell]:
                 found += [NowcastCell(network=network, cell=cell, seed=seed, **chosen) for cell in config.cells]
             elif seed == config.seeds[0]:
                 found.append(NowcastCell(network=network, cell=config.cells[0], seed=seed, **chosen))
-    _check_numbers(found[0])
+    for cell in found:
+        _check_numbers(cell)
     return found
 
 

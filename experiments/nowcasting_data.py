@@ -84,6 +84,12 @@ def _radar(
     parts = []
     # Windows to learn from overlap as much as they can; those that are counted, less.
     for days, stride in zip(radar.split_days(events, validation=validation, test=test), (1, 5, 5), strict=True):
+        for event in days:
+            if len(event.rain) < time:
+                raise CarouselError(
+                    f"{folder}: an event of {event.name} has {len(event.rain)} frames, fewer than --observed and "
+                    f"--horizon together, {time}: give less, or take its frames away"
+                )
         tiles = [tile for event in days for tile in radar.tiles(event.rain, size=size)]
         tiles = [tile for tile in tiles if (tile >= radar.THRESHOLD).mean() >= wet]
         if not tiles:

@@ -12,10 +12,12 @@ from research.models.recurrent import gru, lstm
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def untrained(kernels, cell=None, features=(3, 2), patch=1):
+def drawn(kernels, cell=None, features=(3, 2), patch=1):
+    """A network with random weights."""
     network = EncoderForecaster(cell or lstm(peepholes=True), features, horizon=1, kernels=kernels, patch=patch)
-    x = jnp.zeros((1, 2, 4, 4, 1))
-    return network, jax.jit(network.init)(jax.random.key(1), x)["params"]
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), jnp.zeros((1, 2, 4, 4, 1))))["params"]
+    random = np.random.default_rng(1)
+    return network, jax.tree.map(lambda leaf: np.float32(0.3 * random.standard_normal(leaf.shape)), shapes)
 
 
 @pytest.mark.parametrize(
@@ -28,7 +30,7 @@ def untrained(kernels, cell=None, features=(3, 2), patch=1):
     ids=str,
 )
 def test_an_lstm_sees_a_state_kernel_further_with_every_step_back(kernels, expected):
-    network, params = untrained(kernels)
+    network, params = drawn(kernels)
     maps = of_encoder(network, params, time=4, size=21)
     assert maps.shape == (4, 21, 21) and diameters(maps) == expected
     # All of it, and not only up to there.
@@ -46,13 +48,13 @@ def test_an_lstm_sees_a_state_kernel_further_with_every_step_back(kernels, expec
     ],
 )
 def test_a_gru_that_resets_before_the_product_sees_further(reset, expected):
-    network, params = untrained((3, 3), gru(reset), features=(2,))
+    network, params = drawn((3, 3), gru(reset), features=(2,))
     assert diameters(of_encoder(network, params, time=3, size=13)) == expected
 
 
 def test_maps_are_derivatives_of_the_state_by_earlier_inputs():
     """Against differences, by way of the network's own forward pass; folded pixels are channels."""
-    network, params = untrained((3, 3), patch=2)
+    network, params = drawn((3, 3), patch=2)
     maps = of_encoder(network, params, time=3, size=7, seed=5)
 
     @jax.jit
