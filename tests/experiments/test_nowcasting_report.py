@@ -11,6 +11,7 @@ import safetensors.numpy
 from experiments.nowcasting_cells import BASELINES, Config, cells, label_of
 from experiments.nowcasting_report import PAPER_CROSS_ENTROPY, PAPER_RADAR, SCORES, TITLES, report
 from research.analysis import nowcast_figures
+from research.data import radar
 
 FAILURE = {"failure": "the loss is not finite at step 30", "failed_at_step": 30}
 CROSS_ENTROPY = "cross-entropy (nats per sequence)"
@@ -47,6 +48,25 @@ def files_of(workdir):
 
 def stems_of(workdir):
     return {name.partition(".")[0] for name in files_of(workdir)}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Name of the function -> what it was given to draw: arguments and options."""
+    found = {}
+    for name in ("score_against_lead", "receptive_field", "strip", "animation"):
+        draw = getattr(nowcast_figures, name)
+
+        def record(*arguments, draw=draw, name=name, **options):
+            found[name] = arguments, options
+            return draw(*arguments, **options)
+
+        monkeypatch.setattr(nowcast_figures, name, record)
+    return found
+
+
+def write(run, name, **arrays):
+    (run.path / f"{name}.safetensors").write_bytes(safetensors.numpy.save(arrays))
 
 
 def test_the_papers_numbers():
@@ -111,16 +131,18 @@ def test_the_papers_number_is_of_its_data_and_its_cell_alone(finished, tmp_path,
     assert "paper" not in capsys.readouterr().out.split("\nwritten: ")[0]
 
 
-def test_table_2_stands_beside_scores_of_rain(finished, tmp_path, capsys):
+def test_table_2_stands_beside_scores_of_rain(finished, tmp_path, capsys, drawn):
     networks = ("3x3-3x3-64-64", "optical_flow", "persistence")
-    chosen = grid("radar", *networks)
+    chosen = grid("radar", *networks, frame=8, observed=2, horizon=3)
+    frames = np.random.default_rng(0).random((5, 8, 8), np.float32)
     numbers = dict(zip(RAIN, (1.2344, 0.5, 0.25, None, 0.875), strict=True))  # no rain was seen
     for cell in chosen:
         baseline = cell.network in BASELINES
         found = result(params=0 if baseline else 896_260, minutes=5, **dict.fromkeys(RAIN, 1.0))
         found["scores"]["overall"] = numbers | ({} if baseline else {"cross_entropy": 123.0})
         found["scores"]["by_lead"]["pod"] = [None] * 3
-        finished(tmp_path, cell, found, () if baseline else METRICS)
+        run = finished(tmp_path, cell, found, () if baseline else METRICS)
+        write(run, "example", frames=frames, prediction=frames[2:] / 2)
     report(tmp_path, [cell.name for cell in chosen])
     out = capsys.readouterr().out
     title, rows = table(out)
@@ -134,7 +156,21 @@ def test_table_2_stands_beside_scores_of_rain(finished, tmp_path, capsys):
             expected = PAPER_RADAR.get(network, {}).get(score)
             assert row[f"{column}: paper"] == ("-" if expected is None else f"{expected:g}"), (network, score)
         assert columns["pod"] not in row
-    assert "rain is 0.5 mm/h or more" in out and stems_of(tmp_path) == {"loss_curves", "scores_against_lead"}
+    assert "rain is 0.5 mm/h or more" in out
+    assert stems_of(tmp_path) == {"loss_curves", "scores_against_lead", "strip", "forecast"}
+
+    # Drawn are minutes and mm/h.
+    labels = [label_of(network, "lstm") for network in networks]
+    for name in ("strip", "animation"):
+        (inputs, truth, predictions, *_), options = drawn[name]
+        rain = radar.to_rain_from_grey(frames)
+        np.testing.assert_allclose(np.concatenate([inputs, truth]), rain)
+        assert list(predictions) == labels
+        np.testing.assert_allclose(predictions[labels[0]], radar.to_rain_from_grey(frames[2:] / 2))
+        assert (options["scale"], options["minutes"], len(inputs)) == ("rain", 5, 2)
+    (panels, axes), options = drawn["score_against_lead"]
+    assert panels.keys() <= axes.keys() and len(panels) == 4  # not the POD, which nothing has
+    assert options == {"minutes": 5, "baselines": labels[1:]}
 
 
 def test_the_baselines_of_a_grid_of_other_cells_have_the_papers_numbers_too(finished, tmp_path, capsys):
@@ -180,16 +216,7 @@ def test_diverged_seeds_are_counted_and_the_others_go_on(finished, tmp_path, cap
     assert "3 of 3" in capsys.readouterr().out
 
 
-def test_what_is_drawn_is_of_the_first_seed_that_has_it(finished, tmp_path, capsys, monkeypatch):
-    drawn = {}
-    for name in ("score_against_lead", "receptive_field", "strip"):
-        draw = getattr(nowcast_figures, name)
-
-        def record(*arguments, draw=draw, name=name, **options):
-            drawn[name] = arguments
-            return draw(*arguments, **options)
-
-        monkeypatch.setattr(nowcast_figures, name, record)
+def test_what_is_drawn_is_of_the_first_seed_that_has_it(finished, tmp_path, capsys, drawn):
     networks = ("3x3-3x3-2", "1x1-1x1-2", "5x5-3x3-2", "persistence")
     chosen = grid("moving_digits", *networks, seeds=(0, 1), frame=8, observed=2, horizon=3)
     random = np.random.default_rng(0)
@@ -207,30 +234,31 @@ def test_what_is_drawn_is_of_the_first_seed_that_has_it(finished, tmp_path, caps
         name, size = label_of(cell.network, cell.cell), 7 if cell.network == "3x3-3x3-2" else 3
         prediction, field = random.random((3, 8, 8), np.float32), random.random((2, size, size), np.float32)
         predictions.setdefault(name, prediction)
-        arrays = {"frames": frames, "prediction": prediction}
-        (run.path / "example.safetensors").write_bytes(safetensors.numpy.save(arrays))
+        write(run, "example", frames=frames, prediction=prediction)
         if not baseline:
             maps.setdefault(name, field)
-            (run.path / "receptive_field.safetensors").write_bytes(safetensors.numpy.save({"maps": field}))
+            write(run, "receptive_field", maps=field)
     report(tmp_path, [cell.name for cell in chosen])
     assert stems_of(tmp_path) == {"loss_curves", "scores_against_lead", "receptive_field", "strip", "forecast"}
     out = capsys.readouterr().out
     assert all(f"figures/{name}" in out for name in files_of(tmp_path))
 
-    inputs, truth, shown = drawn["strip"]
+    (inputs, truth, shown), options = drawn["strip"]
+    assert (options["scale"], options["minutes"]) == ("grey", None)
     np.testing.assert_array_equal(inputs, frames[:2])
     np.testing.assert_array_equal(truth, frames[2:])
     assert shown.keys() == predictions.keys()
     for name, prediction in predictions.items():
         np.testing.assert_array_equal(shown[name], prediction)
-    fields, sizes = drawn["receptive_field"]
+    (fields, sizes), _ = drawn["receptive_field"]
     assert sizes == {name: [3, 5] for name in maps}
     conv, still = (fields[label_of(network, "lstm")] for network in networks[:2])
     np.testing.assert_array_equal(conv, maps[label_of("3x3-3x3-2", "lstm")])
     # The smaller one stands in the middle of a map of the same size.
     np.testing.assert_array_equal(still[:, 2:5, 2:5], maps[label_of("1x1-1x1-2", "lstm")])
     assert still.shape == conv.shape and np.count_nonzero(still) == 2 * 3 * 3
-    (panels, _) = drawn["score_against_lead"]
+    (panels, _), options = drawn["score_against_lead"]
+    assert options == {"minutes": None, "baselines": [label_of("persistence", "lstm")]}
     (scores,) = panels.values()
     by_hand = [[value * (0.9 + 0.1 * k) for k in range(3)] for value in (10.0, 11.0)]
     for network in networks:
