@@ -196,6 +196,10 @@ _SHI = {
         "9x9-1x1-128-64-64",
         "persistence",
     ),
+    "validation_examples": 2_000,
+    "test_examples": 3_000,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
     "epochs": 50,
     "evaluations": 50,
 }
@@ -203,6 +207,9 @@ _RADAR = {
     "dataset": "radar",
     "networks": ("3x3-3x3-64-64", "fc-2000-2000", "optical_flow", "persistence"),
     "frame": 100,
+    "scale": 1,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
     "epochs": 20,
     "evaluations": 20,
 }
