@@ -33,10 +33,12 @@ def check(cell: NowcastCell) -> None:
     """Whether the cell can be run.
 
     Raises:
-      CarouselError: it needs a library that is not there.
+      CarouselError: it needs a library or a file that is not there.
     """
     from research.analysis import optical_flow
 
+    if cell.published:
+        nowcasting_data.published(cell)
     if cell.network == "optical_flow" and not optical_flow.available():
         raise CarouselError(
             "optical_flow needs scikit-image: CAROUSEL_EXTRAS=test,dev,radar launch/run install, or leave it out of "
@@ -141,15 +143,22 @@ def _baseline(cell: NowcastCell) -> Callable[[Any], tuple[Any, None]]:
 
 
 def _scores(cell: NowcastCell, data: Any, forecast: Any) -> dict[str, Any]:
+    """Scores of the test split, and of the published sequences where they are given."""
     from research.analysis import nowcast_scores
 
-    measure = nowcast_scores.of_rain if cell.dataset == "radar" else nowcast_scores.of_grey
+    def scores(frames_of, arrays, *places):
+        measure = nowcast_scores.of_rain if cell.dataset == "radar" else nowcast_scores.of_grey
+        options = {"observed": cell.observed, "measure": measure}
+        return nowcast_scores.scores(nowcast_scores.summed(forecast, frames_of, arrays, *places, **options))
+
     splits = data.splits
-    sums = nowcast_scores.summed(
-        forecast, data.frames_of, splits.arrays, *splits.range("test"), observed=cell.observed, measure=measure
-    )
     counts = {name: getattr(splits, name) for name in ("train", "validation", "test")}
-    return {"scores": nowcast_scores.scores(sums), "examples": counts, "minutes": data.minutes}
+    found = {"scores": scores(data.frames_of, splits.arrays, *splits.range("test"))}
+    if cell.published:
+        frames = nowcasting_data.published(cell)
+        found["published_scores"] = scores(nowcasting_data.from_bytes, {"frames": frames}, 0, len(frames))
+        counts["published"] = len(frames)
+    return found | {"examples": counts, "minutes": data.minutes}
 
 
 def _write_example(cell: NowcastCell, data: Any, forecast: Any, folder: Any) -> None:

@@ -94,6 +94,7 @@ class Config:
     train_examples: int | None = option(None, "Training sequences of digits.", minimum=1)
     validation_examples: int | None = option(None, "Validation sequences of digits.", minimum=1)
     test_examples: int | None = option(None, "Test sequences of digits.", minimum=1)
+    published: str | None = option(None, "mnist_test_seq.npy, on whose sequences moving_mnist is scored as well.")
     scale: int | None = option(None, "Radar: means over blocks of so many pixels both ways.", minimum=1)
     wet: float = option(0.05, "Radar: squares with rain on at least this share of their pixels.", minimum=0)
     validation_days: tuple[str, ...] | None = option(None, "Radar: days such as 20160711 (default: the last but one).")
@@ -130,6 +131,7 @@ class NowcastCell:
     train_examples: int | None = None
     validation_examples: int | None = None
     test_examples: int | None = None
+    published: str | None = None
     scale: int = 1
     wet: float
     validation_days: tuple[str, ...] | None
@@ -194,6 +196,8 @@ def _check_numbers(cell: NowcastCell) -> None:
         raise UsageError(f"--digits={cell.digits}: radar frames have none; leave it out")
     if cell.dataset != "radar" and (cell.validation_days or cell.test_days or cell.scale != 1):
         raise UsageError("--validation_days, --test_days and --scale are for --dataset=radar: leave them out")
+    if cell.dataset != "moving_mnist" and cell.published:
+        raise UsageError(f"--published={cell.published}: it is for --dataset=moving_mnist; leave it out")
     if cell.dataset != "radar" and cell.network == "optical_flow":
         raise UsageError("optical_flow is a forecast of rain: give --dataset=radar or leave it out of --networks")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from research.errors import CarouselError
+from research.errors import CarouselError, UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,6 @@ def _radar(
     validation: tuple[str, ...] | None,
     test: tuple[str, ...] | None,
 ) -> Loaded:
-    import jax.numpy as jnp
     import numpy as np
 
     from research.data import radar
@@ -109,10 +108,36 @@ def _radar(
     wettest = parts[2].astype(np.float32).mean(axis=(1, 2, 3, 4)).argmax()
     return Loaded(
         splits,
-        lambda batch: batch["frames"].astype(jnp.float32) * np.float32(1 / 255),
+        from_bytes,
         minutes=minutes[0],
         shown=splits.range("test")[0] + int(wettest),
     )
+
+
+def published(cell: Any) -> Any:
+    """The sequences of `--published`, uint8 `[sequences, time, height, width, 1]`, cut to the time of the cell's.
+
+    Raises:
+      CarouselError: the file is missing or damaged, or its frames are not those that the cell asks for.
+    """
+    from research.data import moving
+
+    sequences, time = moving.load_published(cell.published), cell.observed + cell.horizon
+    _, found, height, width, _ = sequences.shape
+    if found < time or (height, width) != (cell.frame, cell.frame):
+        raise UsageError(
+            f"{cell.published} holds {found} frames of {height}x{width}: give --frame={height} and not more than that "
+            "many frames as --observed and --horizon together"
+        )
+    return sequences[:, :time]
+
+
+def from_bytes(batch: dict[str, Any]) -> Any:
+    """Frames that are stored as bytes, grey in [0, 1]."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    return batch["frames"].astype(jnp.float32) * np.float32(1 / 255)
 
 
 def _bytes(rain: Any) -> Any:

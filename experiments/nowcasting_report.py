@@ -52,16 +52,18 @@ def report(workdir: Path, names: list[str]) -> None:
     tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
     groups = results.group(runs, lambda run: (run.config["network"], run.config["cell"]))
     groups = {label_of(*key): same for key, same in groups.items()}
-    config = runs[0].config
-    rows = [_row(name, same) for name, same in groups.items()]
-    shown = [score for score in SCORES if any(SCORES[score][0] in row for row in rows)]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    rows = [{column: row.get(column, "-") for column in columns} for row in rows]
-    print(tables.render(f"\n{_title(runs)}{results.unfinished(names, runs)}", rows))
+    title = f"\n{_title(runs)}; test scores{results.unfinished(names, runs)}"
+    print(_table(title, [_row(name, same) for name, same in groups.items()]))
+    shown = [score for score in SCORES if any(_overall(run).get(score) is not None for run in runs)]
     if "csi" in shown:
         print(f"rain is {radar.THRESHOLD} mm/h or more; CSI, FAR, POD and correlation of sums over all frames")
-    if config["dataset"] == "moving_mnist" and any(map(_published, runs)):
+        print(_table("\nShi et al. 2015, Table 2: radar of Hong Kong, other data than these", _paper_rows()))
+    if any(map(_in_table_1, runs)):
         print("paper: Shi et al. 2015, Table 1; differences: experiments/nowcasting.py")
+    if any("published_scores" in run.result for run in runs):
+        count = next(run.result["examples"]["published"] for run in runs if "published_scores" in run.result)
+        rows = [_row(name, same, "published_scores") for name, same in groups.items()]
+        print(_table(f"\nThe {count:,} published sequences", rows))
     written = _draw(runs, groups, shown, workdir / "figures")
     print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(str(path) for path in written)}")
 
@@ -73,13 +75,31 @@ def _title(runs: Sequence[Run]) -> str:
         f"{config['frame']}x{config['frame']} pixels, {config['observed']} frames seen, {config['horizon']} forecast"
     )
     counts = f"{examples.get('train', 0):,} training, {examples.get('test', 0):,} test sequences"
-    return f"{TITLES[config['dataset']]}, {sizes}; {counts}; test scores"
+    return f"{TITLES[config['dataset']]}, {sizes}; {counts}"
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return tables.render(title, [{column: row.get(column, "-") for column in columns} for row in rows])
+
+
+def _paper_rows() -> list[dict[str, str]]:
+    titles = {network: label_of(network, "lstm") for network in PAPER_RADAR} | {"optical_flow": "ROVER2"}
+    return [
+        {"forecast": titles[network]} | {SCORES[score][0]: f"{value:g}" for score, value in scores.items()}
+        for network, scores in PAPER_RADAR.items()
+    ]
+
+
+def _overall(run: Run, kind: str = "scores") -> Mapping[str, float]:
+    """Scores over all lead times; of a diverged run none."""
+    return run.result.get(kind, {}).get("overall", {})
 
 
 def _summary(run: Run) -> dict[str, Any]:
     """A row of `summary.csv`: what was run, scores, times."""
     config, result = run.config, run.result
-    overall = (result.get("scores") or {}).get("overall", {})
+    overall = _overall(run)
     names = ("dataset", "network", "cell", "seed", "frame", "observed", "horizon", "patch", "batch_size", "optimizer")
     losses = [f"{split}_loss" for split in ("train", "validation", "test")]
     return (
@@ -91,32 +111,26 @@ def _summary(run: Run) -> dict[str, Any]:
     )
 
 
-def _published(run: Run) -> dict[str, float]:
-    """The paper's scores of the run's network, whose cell is the LSTM, on data like its own."""
+def _in_table_1(run: Run) -> bool:
     network, cell, dataset = (run.config[name] for name in ("network", "cell", "dataset"))
-    if network not in BASELINES and cell != "lstm":
-        return {}
-    if dataset == "moving_mnist" and network in PAPER_CROSS_ENTROPY:
-        return {"cross_entropy": PAPER_CROSS_ENTROPY[network]}
-    return PAPER_RADAR.get(network, {}) if dataset == "radar" else {}
+    return dataset == "moving_mnist" and cell == "lstm" and network in PAPER_CROSS_ENTROPY
 
 
-def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
-    finished = [run.result for run in runs if "scores" in run.result]
-    found, paper = [result["scores"]["overall"] for result in finished], _published(runs[0])
-    params, steps = ((finished[0] if finished else {}).get(name) for name in ("params", "steps"))
+def _row(name: str, runs: Sequence[Run], kind: str = "scores") -> dict[str, Any]:
+    finished = [run for run in runs if _overall(run, kind)]
+    params, steps = (finished[0].result.get(name) if finished else None for name in ("params", "steps"))
     row = {"forecast": name, "parameters": f"{params:,}" if params else "-"}
+    if kind == "scores" and _in_table_1(runs[0]):
+        row["paper: cross-entropy"] = f"{PAPER_CROSS_ENTROPY[runs[0].config['network']]:g}"
     for score, (title, _, digits) in SCORES.items():
-        values = [overall[score] for overall in found if overall.get(score) is not None]
-        if score in paper:
-            row[f"{title}: paper"] = f"{paper[score]:g}"
+        values = [found[score] for found in (_overall(run, kind) for run in finished) if found.get(score) is not None]
         if values:
             row[title] = _text(values, digits)
     seconds = sum(sum((run.result.get("seconds") or {}).values()) for run in runs)
     if runs[0].config["network"] not in BASELINES:
         row |= {"steps": steps or "-", "seconds": f"{seconds:.0f}"}
-    if len(found) < len(runs):
-        row["diverged"] = f"{len(runs) - len(found)} of {len(runs)}"
+    if len(finished) < len(runs):
+        row["diverged"] = f"{len(runs) - len(finished)} of {len(runs)}"
     return row
 
 

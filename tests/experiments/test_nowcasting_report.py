@@ -108,7 +108,7 @@ def test_table_1_stands_beside_seeds(finished, tmp_path, capsys):
         "seconds": "10",  # of all seeds
     }
     nothing = {"parameters": "-", CROSS_ENTROPY: "-", "squared error per frame": "50", "SSIM": "0.5"}
-    paper = f"{CROSS_ENTROPY}: paper"
+    paper = "paper: cross-entropy"
     assert rows == {
         label_of(networks[0], "lstm"): ours | {paper: "3887.94"},
         label_of(networks[1], "lstm"): ours | {paper: "-"},
@@ -148,15 +148,17 @@ def test_table_2_stands_beside_scores_of_rain(finished, tmp_path, capsys, drawn)
     title, rows = table(out)
     assert title.startswith(f"{TITLES['radar']}, ")
     columns = {score: SCORES[score][0] for score in RAIN}
-    for network, row in zip(networks, rows.values(), strict=True):
+    assert len(rows) == len(networks)
+    for row in rows.values():
         assert [row[columns[score]] for score in ("rainfall_mse", "csi", "far", "correlation")] == [
             *("1.23", "0.5", "0.25", "0.875")
         ]
-        for score, column in columns.items():
-            expected = PAPER_RADAR.get(network, {}).get(score)
-            assert row[f"{column}: paper"] == ("-" if expected is None else f"{expected:g}"), (network, score)
         assert columns["pod"] not in row
     assert "rain is 0.5 mm/h or more" in out
+    _, paper = table(out.split("all frames\n")[1])
+    assert list(paper) == [label_of("3x3-3x3-64-64", "lstm"), label_of("fc-2000-2000", "lstm"), "ROVER2"]
+    for found, expected in zip(paper.values(), PAPER_RADAR.values(), strict=True):
+        assert found == {columns[score]: f"{value:g}" for score, value in expected.items()}
     assert stems_of(tmp_path) == {"loss_curves", "scores_against_lead", "strip", "forecast"}
 
     # Drawn are minutes and mm/h.
@@ -173,13 +175,19 @@ def test_table_2_stands_beside_scores_of_rain(finished, tmp_path, capsys, drawn)
     assert options == {"minutes": 5, "baselines": labels[1:]}
 
 
-def test_the_baselines_of_a_grid_of_other_cells_have_the_papers_numbers_too(finished, tmp_path, capsys):
-    flow, gru = grid("radar", "optical_flow", "3x3-3x3-64-64", cells=("gru",))
-    for cell in (flow, gru):
-        finished(tmp_path, cell, result(minutes=5, **dict.fromkeys(RAIN, 0.5)), METRICS)
-    report(tmp_path, [flow.name, gru.name])
-    _, rows = table(capsys.readouterr().out)
-    assert [row["CSI: paper"] for row in rows.values()] == ["0.522", "-"]
+def test_the_published_sequences_have_a_table_of_their_own(finished, tmp_path, capsys):
+    chosen = grid("moving_mnist", "5x5-5x5-256", "persistence", published="mnist_test_seq.npy")
+    for cell in chosen:
+        found = result(squared_error=50.0, ssim=0.5)
+        found["published_scores"] = result(squared_error=60.0, ssim=0.25)["scores"]
+        found["examples"]["published"] = 10_000
+        finished(tmp_path, cell, found, METRICS)
+    report(tmp_path, [cell.name for cell in chosen])
+    out = capsys.readouterr().out
+    _, rows = table(out.split("experiments/nowcasting.py\n")[1])
+    assert "The 10,000 published sequences" in out
+    assert [(row["squared error per frame"], row["SSIM"]) for row in rows.values()] == [("60", "0.25")] * 2
+    assert all("paper: cross-entropy" not in row for row in rows.values())  # its test set was another
 
 
 def test_diverged_seeds_are_counted_and_the_others_go_on(finished, tmp_path, capsys):
