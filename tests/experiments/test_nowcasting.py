@@ -208,14 +208,16 @@ def test_flags_reach_the_trainer(monkeypatch):
     assert (plan.select, plan.devices, plan.parallel) == ("best", 2, "jit")
     assert make_model().features == (3,) and float(schedule(10**6)) == 0.5
     assert make_task(None).inputs({}).shape == (1, 2, 8, 8, 1)
-    # RMSProp with decay 0.9 divides the first gradient by sqrt(0.1) of itself; clipped to norm 2, Adam's is 1 as well.
-    gradient = jnp.full(4, 1e3)
-    update, _ = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    # RMSProp of decay 0.9, by hand: gradients of 1000 each are clipped to norm 2, so to 1 as those of the second step.
+    ones = jnp.ones(4)
+    update, state = optimizer.update(1e3 * ones, optimizer.init(ones), ones)
     np.testing.assert_allclose(update, -0.5 / math.sqrt(0.1), rtol=1e-3)
+    update, _ = optimizer.update(ones, state, ones)
+    np.testing.assert_allclose(update, -0.5 / math.sqrt(0.9 * 0.1 + 0.1), rtol=1e-3)
     *_, plan, _ = handed(monkeypatch, data, steps=9, steps_per_call=50)
     assert (plan.steps, plan.steps_per_call) == (9, 9)
     _, _, adam, *_ = handed(monkeypatch, data, optimizer="adam", learning_rate=0.5)
-    update, _ = adam.update(gradient, adam.init(gradient), gradient)
+    update, _ = adam.update(1e3 * ones, adam.init(ones), ones)
     np.testing.assert_allclose(update, -0.5, rtol=1e-3)
 
 
@@ -365,7 +367,7 @@ def windows_of(day, stride):
     return np.array([square[start : start + 5] for square in grey for start in range(0, 6, stride)])
 
 
-RADAR = ("--dataset=radar", *TINY)
+RADAR = ("--dataset=radar", "--scale=1", *TINY)
 
 
 def test_radar_from_frames_to_figures(rainy, command, tmp_path):
