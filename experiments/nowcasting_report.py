@@ -216,6 +216,6 @@ def _draw_example(
     options = {"scale": "rain" if rain else "grey", "minutes": minutes}
     every = -(-len(truth) // 10)
     strip = nowcast_figures.strip(inputs, truth, predictions, every=every, **options)
-    zoom = max(2, round(128 / config["frame"]))
+    zoom = max(2, round(192 / config["frame"]))
     moving = nowcast_figures.animation(inputs, truth, predictions, folder / "forecast", made_from, zoom=zoom, **options)
     return [*figures.save(strip, folder / "strip", made_from), moving]
