@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any
 
+from experiments import nowcasting_data
 from experiments.runner import option
 from research.errors import UsageError
 
@@ -116,7 +117,10 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NowcastCell:
-    """One network of one seed: fields as the flags of the same names; of a baseline, `cell` and `seed` mean nothing."""
+    """One network of one seed: fields as the flags of the same names; of a baseline, `cell` and `seed` mean nothing.
+
+    `files` is of the radar's frames, so that a run on other ones is another run wherever they lie.
+    """
 
     dataset: str
     network: str
@@ -136,6 +140,7 @@ class NowcastCell:
     wet: float
     validation_days: tuple[str, ...] | None
     test_days: tuple[str, ...] | None
+    files: str | None = None
     epochs: int | None = None
     steps: int | None = None
     batch_size: int = 16
@@ -172,6 +177,8 @@ def cells(config: Config) -> list[NowcastCell]:
     chosen = {name: value for name, value in defaults.items() if name in fields}
     chosen |= {name: value for name, value in vars(config).items() if name in fields and value is not None}
     chosen = dict.fromkeys(("segment", "validation_days", "test_days")) | chosen
+    if config.dataset == "radar":
+        chosen["files"] = nowcasting_data.fingerprint(config.data_dir)
     found = []
     for seed in config.seeds:
         for network in networks:

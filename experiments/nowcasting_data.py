@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,18 @@ def _bytes(rain: Any) -> Any:
     from research.data import radar
 
     return np.round(255 * radar.to_grey(rain)).astype(np.uint8)
+
+
+def fingerprint(data_dir: str | None) -> str | None:
+    """Of names and sizes of the radar's frames; None where there are none, which a report does not need."""
+    from research.data import radar_files
+
+    try:
+        paths = sorted(path for paths in radar_files.frame_folders(radar_folder(data_dir)) for path in paths)
+    except CarouselError:
+        return None
+    names = "\n".join(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in paths)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
 def radar_folder(data_dir: str | None) -> Path:

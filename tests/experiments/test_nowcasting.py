@@ -467,6 +467,27 @@ def test_radars_of_different_clocks_are_one_line(command, capsys, tmp_path):
     assert line.startswith(f"error: {folder}: events with 5, 10 minutes between frames: ")
 
 
+def test_other_frames_are_another_run(rainy, command, capsys, tmp_path):
+    arguments = (*RADAR, "--networks=persistence", f"--workdir={tmp_path / 'work'}")
+    assert command(EXPERIMENT, *arguments, f"--data_dir={rainy}") == 0
+    moved = write_radar(tmp_path / "moved", dict.fromkeys(DAYS, 5))
+    assert command(EXPERIMENT, *arguments, f"--data_dir={moved}") == 0  # the same ones in another place
+    others = write_radar(tmp_path / "others", dict.fromkeys([*DAYS][:2], 5) | {"20160713": 10})
+    capsys.readouterr()
+    assert command(EXPERIMENT, *arguments, f"--data_dir={others}") != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "belongs to another configuration: files is" in line
+    assert command(EXPERIMENT, *arguments, "--report_only", "--data_dir=nowhere") == 0
+
+
+def test_a_network_beats_persistence_on_sequences_that_it_has_not_seen(command, tmp_path):
+    options = ("--frame=16", "--digits=1", "--observed=3", "--horizon=4", "--steps=300", "--evaluations=1")
+    sizes = ("--train_examples=2400", "--validation_examples=32", "--test_examples=64")
+    done = run(command, tmp_path, *options, *sizes, "--networks=3x3-3x3-8,persistence")
+    conv, still = (result["scores"]["overall"]["squared_error"] for result in done.results.values())
+    assert conv < 0.75 * still
+
+
 def test_a_pool_larger_than_the_data_is_one_line(command, capsys, tmp_path):
     assert command(EXPERIMENT, *TINY, "--pool=100000", f"--workdir={tmp_path}") == 2
     (line,) = capsys.readouterr().err.splitlines()
