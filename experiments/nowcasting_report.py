@@ -47,9 +47,15 @@ SCORES = {
 
 
 def report(workdir: Path, names: list[str]) -> None:
-    """Writes `summary.csv` and `figures/` into the working folder and prints the tables."""
+    """Writes `summary.csv`, `scores_by_lead.csv` and `figures/` into the working folder and prints the tables."""
     runs = results.read_runs(workdir / "runs" / name for name in names)
-    tables.write_csv(workdir / "summary.csv", [_summary(run) for run in runs])
+    rows = {
+        "summary": [_summary(run) for run in runs],
+        "scores_by_lead": [r for run in runs for r in _by_lead_rows(run)],
+    }
+    rows = {name: found for name, found in rows.items() if found}  # where all diverged there are no scores
+    for name, found in rows.items():
+        tables.write_csv(workdir / f"{name}.csv", found)
     groups = results.group(runs, lambda run: (run.config["network"], run.config["cell"]))
     groups = {label_of(*key): same for key, same in groups.items()}
     title = f"\n{_title(runs)}; test scores{results.unfinished(names, runs)}"
@@ -62,10 +68,11 @@ def report(workdir: Path, names: list[str]) -> None:
         print("paper: Shi et al. 2015, Table 1; differences: experiments/nowcasting.py")
     if any("published_scores" in run.result for run in runs):
         count = next(run.result["examples"]["published"] for run in runs if "published_scores" in run.result)
-        rows = [_row(name, same, "published_scores") for name, same in groups.items()]
-        print(_table(f"\nThe {count:,} published sequences", rows))
+        scored = [_row(name, same, "published_scores") for name, same in groups.items()]
+        print(_table(f"\nThe {count:,} published sequences", scored))
     written = _draw(runs, groups, shown, workdir / "figures")
-    print(f"\nwritten: {workdir / 'summary.csv'}, {', '.join(str(path) for path in written)}")
+    written = [*(workdir / f"{name}.csv" for name in rows), *written]
+    print(f"\nwritten: {', '.join(map(str, written))}")
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -109,6 +116,18 @@ def _summary(run: Run) -> dict[str, Any]:
         | {"seconds": sum((result.get("seconds") or {}).values())}
         | {"failure": result.get("failure", ""), "final_state_sha256": result.get("final_state_sha256", "")}
     )
+
+
+def _by_lead_rows(run: Run) -> list[dict[str, Any]]:
+    """Rows of `scores_by_lead.csv`, one a lead time; of a diverged run none."""
+    by_lead = run.result.get("scores", {}).get("by_lead", {})
+    minutes = run.result.get("minutes")
+    return [
+        {name: run.config[name] for name in ("dataset", "network", "cell", "seed")}
+        | {"lead": lead, "minutes": minutes and lead * minutes}
+        | {name: by_lead[name][lead - 1] if name in by_lead else None for name in SCORES}
+        for lead in range(1, max(map(len, by_lead.values()), default=0) + 1)
+    ]
 
 
 def _in_table_1(run: Run) -> bool:

@@ -302,6 +302,11 @@ def test_digits_from_training_to_figures(digits):
     for row, result in zip(found, (conv, fc, still), strict=True):
         assert row["squared_error"] == str(result["scores"]["overall"]["squared_error"])
         assert row["test_loss"] == str(result.get("test_loss", "")) and row["rainfall_mse"] == row["failure"] == ""
+    found = list(csv.DictReader(io.StringIO((digits.workdir / "scores_by_lead.csv").read_text())))
+    leads = [(network, str(lead)) for network in NETWORKS for lead in (1, 2, 3)]
+    assert [(row["network"], row["lead"]) for row in found] == leads
+    expected = [str(value) for result in (conv, fc, still) for value in result["scores"]["by_lead"]["squared_error"]]
+    assert [row["squared_error"] for row in found] == expected and {row["csi"] for row in found} == {""}
 
 
 def test_figures_are_made_again_to_the_byte_and_nothing_is_trained_twice(digits, command, monkeypatch):
@@ -394,6 +399,8 @@ def test_radar_from_frames_to_figures(rainy, command, tmp_path):
     assert overall["correlation"] == pytest.approx(cosine, rel=1e-4)
 
     # What figures show is the sequence with the most rain.
+    found = list(csv.DictReader(io.StringIO((tmp_path / "scores_by_lead.csv").read_text())))
+    assert [row["minutes"] for row in found] == ["5", "10", "15"] * 2 and found[-1]["csi"]
     folder = tmp_path / "runs" / "radar-persistence"
     example = safetensors.numpy.load((folder / "example.safetensors").read_bytes())
     np.testing.assert_allclose(example["frames"], frames[frames.sum(axis=(1, 2, 3)).argmax()], rtol=1e-6)
