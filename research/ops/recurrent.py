@@ -143,7 +143,7 @@ def gru_reset_before_step(h: jax.Array, a: jax.Array, kernel: jax.Array, *, prod
       kernel: U `[n, 3 n]`.
       product: `(h, U) -> h U`.
 
-    Source: Cho et al. 2014; Chung et al. 2014, equations 5 to 8; Ballas et al. 2016, equations 9 to 12, on maps.
+    Source: Cho et al. 2014; Chung et al. 2014, equations 5 to 8; Ballas et al. 2016 (GRU-RCN), on maps.
     """
     n = h.shape[-1]
     chex.assert_shape([a, kernel], [(*h.shape[:-1], 3 * n), (..., n, 3 * n)])
