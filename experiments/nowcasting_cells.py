@@ -186,7 +186,8 @@ def cells(config: Config) -> list[NowcastCell]:
             if network not in BASELINES:
                 found += [NowcastCell(network=network, cell=cell, seed=seed, **chosen) for cell in config.cells]
             elif seed == config.seeds[0]:
-                found.append(NowcastCell(network=network, cell=config.cells[0], seed=seed, **chosen))
+                # The same ones whatever the grid is, so that a working folder can grow.
+                found.append(NowcastCell(network=network, cell="lstm", seed=0, **chosen))
     for cell in found:
         _check_numbers(cell)
     return found

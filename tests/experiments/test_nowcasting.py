@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import io
 import itertools
@@ -45,6 +46,8 @@ def test_the_grid_is_seeds_times_networks_times_cells_and_baselines_once():
     trained = [(cell.seed, cell.network, cell.cell) for cell in grid if cell.network not in BASELINES]
     assert trained == list(itertools.product((2, 0), ("fc-3", "3x3-1x1-4-2"), ("gru", "lstm")))
     assert [cell.network for cell in grid].count("persistence") == 1 and len(grid) == 9
+    others = cells(dataclasses.replace(config, cells=("lstm",), seeds=(5,)))
+    assert {cell for cell in grid if cell in others} == {cell for cell in grid if cell.network == "persistence"}
     assert {cell.name for cell in grid} == {
         "moving_digits-persistence",
         *(
