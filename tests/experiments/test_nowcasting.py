@@ -354,7 +354,10 @@ def pixels_of(day):
 
 @pytest.fixture(scope="module")
 def rainy(tmp_path_factory):
-    return write_radar(tmp_path_factory.mktemp("data") / "radar", dict.fromkeys(DAYS, 5))
+    """In a data folder beside pictures that are no radar's."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("L", (24, 24)).save(folder / "photo.png")
+    return write_radar(folder / "radar", dict.fromkeys(DAYS, 5))
 
 
 def write_radar(folder, minutes):
