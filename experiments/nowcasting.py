@@ -9,10 +9,10 @@ five minutes on two cores. Presets: `shi2015` (the six networks of Table 1 on Mo
 section 4.2 against FC-LSTM, optical flow and persistence, on your folder of radar frames).
 
 Differences from the paper: it stops early, by the validation loss, after a time that it does not tell; here the
-network with the lowest validation loss of a given number of steps is taken. Its batch size is not told, here it is 16.
-Its forget gates' bias is not told, here it begins at 1. Digits bounce off walls elastically; all sequences draw from
-one pool of digits, as there. Its radar data are not public: 97 days of Hong Kong. Its optical flow is ROVER, here
-TV-L1.
+network with the lowest validation loss of a given number of steps is taken. Its batch size is not told, in the presets
+it is 16. Its forget gates' bias is not told, here it begins at 1. Digits bounce off walls elastically; all sequences
+draw from one pool of digits, as there. Its radar data are not public: 97 days of Hong Kong. Its optical flow is ROVER,
+here TV-L1.
 """
 
 import functools

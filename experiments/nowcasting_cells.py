@@ -198,6 +198,8 @@ def _check_numbers(cell: NowcastCell) -> None:
         raise UsageError(f"--frame={cell.frame} does not divide by --patch={cell.patch}: give a multiple")
     if not (math.isfinite(cell.learning_rate) and cell.learning_rate > 0):
         raise UsageError(f"--learning_rate={cell.learning_rate}: give a positive number")
+    if not math.isfinite(cell.forget_bias):
+        raise UsageError(f"--forget_bias={cell.forget_bias}: give a finite number")
     if cell.devices and cell.batch_size % cell.devices:
         raise UsageError(f"--batch_size={cell.batch_size} does not divide by {cell.devices} devices: give a multiple")
     if cell.dataset == "radar" and cell.digits != 2:

@@ -104,7 +104,7 @@ def _radar(
     if len(minutes) > 1:
         steps = ", ".join(map(str, minutes))
         raise CarouselError(f"{folder}: events with {steps} minutes between frames: put each kind into its own folder")
-    checksums = {name: checksum for event in events for name, checksum in event.checksums.items()}
+    checksums = {f"{event.name}/{name}": digest for event in events for name, digest in event.checksums.items()}
     splits = loop.Splits({"frames": np.concatenate(parts)}, *map(len, parts), checksums=checksums)
     wettest = parts[2].astype(np.float32).mean(axis=(1, 2, 3, 4)).argmax()
     return Loaded(

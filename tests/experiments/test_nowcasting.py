@@ -101,6 +101,7 @@ NO_NETWORKS += ("3x3-8", "fc", "fc-", "fc-0", "fc-3.5", "xfc-3", "Persistence", 
         ("--learning_rate=0", "--learning_rate=0.0: give a positive number"),
         ("--learning_rate=nan", "--learning_rate=nan: give a positive number"),
         ("--learning_rate=inf", "--learning_rate=inf: give a positive number"),
+        ("--forget_bias=nan", "--forget_bias=nan: give a finite number"),
         ("--batch_size=9 --devices=2", "--batch_size=9 does not divide by 2 devices: give a multiple"),
         ("--dataset=radar --digits=3", "--digits=3: radar frames have none"),
         *(

@@ -121,7 +121,13 @@ def test_table_1_stands_beside_seeds(finished, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("dataset", "flags"),
-    [("moving_digits", {}), ("moving_mnist", {"cells": ("gru",)}), ("moving_mnist", {"cells": ("lstm_by_position",)})],
+    [
+        ("moving_digits", {}),
+        ("moving_mnist", {"cells": ("gru",)}),
+        ("moving_mnist", {"cells": ("lstm_by_position",)}),
+        ("moving_mnist", {"digits": 3}),
+        ("moving_mnist", {"horizon": 5}),
+    ],
     ids=str,
 )
 def test_the_papers_number_is_of_its_data_and_its_cell_alone(finished, tmp_path, capsys, dataset, flags):
