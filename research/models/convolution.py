@@ -33,12 +33,12 @@ class Convolution(NamedTuple):
             feature_group_count=self.groups,
             use_bias=use_bias,
             kernel_init=initializers.he_normal,
-            conv_general_dilated=_convolve,
+            conv_general_dilated=convolve,
             name=name,
             **options,
         )
 
 
-def _convolve(x, kernel, strides, padding, *, feature_group_count, **unused):
+def convolve(x, kernel, strides, padding, *, feature_group_count, **unused):
     """nn.Conv's injected convolution: the repository's one door (only undilated NHWC is asked for)."""
     return conv.conv2d(x, kernel, strides=strides, padding=padding, groups=feature_group_count)

@@ -1,0 +1,330 @@
+"""The speed of training steps and inference: ours, the same networks in PyTorch, and in stock Flax layers.
+
+All sides of a workload run in one process, in turn, round after round, each on all cores; a round in which a side
+falls below half its own best speed is repeated. What is compared is medians of seconds a step, and the median over
+rounds of how many times as fast ours is. Our training step is the trainer's own: several steps a compiled call, data
+resident, timed from call to result. All sides look up a batch of random data, prepare it, and in training take the
+task's loss, its gradient and a step of SGD with momentum.
+
+GFLOP/s are of convolutions and matrix products, two operations a multiply-add, counted in the jaxpr of our forward
+pass; a training step counts as three of them (which is a little too much: nobody needs the gradient at the images). The
+peak is that of a float32 matrix product in the same process, `--peak_size` cubed.
+
+PyTorch is eager, channels_last where there are maps; with `--compile` torch.compile runs besides, and of the two the
+faster counts. PyTorch starts from our weights, and its first result has to be ours. Stock Flax is `nn.Conv` with XLA's
+own gradient, unrolled, and `nn.RNN`; it has no ConvLSTM with peepholes ('-'). Language models run without dropout and
+begin every window with zeros.
+
+Not measured: time from start to the first step, whole jobs, and anything but float32 on the CPU.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import benchmark_timing as timing
+from experiments.runner import Experiment, main, option
+from research.errors import CarouselError, Interrupted
+
+# Names of `experiments.benchmark_workloads`, which imports JAX, and what tables call them; a test holds them together.
+WORKLOADS = {
+    "resnet20": "ResNet-20, CIFAR, batch 128",
+    "resnet56": "ResNet-56, CIFAR, batch 128",
+    "preact110": "ResNet-110 pre-activation, CIFAR, batch 128",
+    "resnet50": "ResNet-50, 224x224, batch 8",
+    "lstm_ptb_small": "LSTM 2x200, T=20, batch 20, 10,000 words",
+    "lstm_ptb_medium": "LSTM 2x650, T=35, batch 20, 10,000 words",
+    "pixel_lstm": "LSTM 130, T=784, batch 64",
+    "pixel_gru": "GRU 130, T=784, batch 64",
+    "adding_lstm": "LSTM 77, T=400, batch 50",
+    "convlstm": "ConvLSTM 5x5 128-64-64, Moving MNIST, batch 8",
+    "lenet5": "LeNet-5, MNIST, batch 128",
+}
+MODES, PEERS = ("train", "inference"), ("torch", "flax")
+_PASSES = {"train": 3, "inference": 1}
+# Relative difference of first results from ours above which PyTorch computes something else.
+_TOLERANCE = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The flags."""
+
+    workloads: tuple[str, ...] = option(tuple(WORKLOADS), "What to run.", choices=tuple(WORKLOADS))
+    modes: tuple[str, ...] = option(MODES, "A training step, a forward pass.", choices=MODES)
+    peers: tuple[str, ...] | None = option(None, "What to compare with (default: all that is there).", choices=PEERS)
+    compile: bool = option(False, "PyTorch by torch.compile as well; takes minutes and a C++ compiler.")
+    rounds: int = option(5, "Rounds that count.", minimum=1)
+    seconds: float = option(1.0, "Each side runs at least so long a round.", minimum=0)
+    repeats: int = option(5, "Disturbed rounds that are made up for, at most.", minimum=0)
+    steps_per_call: int = option(5, "Training steps of our compiled stretch.", minimum=1)
+    peak_size: int = option(2048, "Rows of the matrix product whose speed is the peak.", minimum=1)
+    tiny: bool = option(False, "Workloads of the same kinds, small: to try the command.")
+    devices: int | None = option(None, "Devices of our side (default: 1).", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One workload in one mode; fields as the flags."""
+
+    workload: str
+    mode: str
+    peers: tuple[str, ...]
+    compile: bool
+    rounds: int
+    seconds: float
+    repeats: int
+    steps_per_call: int
+    peak_size: int
+    tiny: bool
+    devices: int | None
+
+    @property
+    def name(self) -> str:
+        return f"{'tiny-' if self.tiny else ''}{self.workload}-{self.mode}"
+
+
+def cells(config: Config) -> list[Cell]:
+    """The grid: workloads x modes. Says so where PyTorch is left out because it is not there."""
+    peers = config.peers
+    if peers is None:
+        peers = tuple(peer for peer in PEERS if peer != "torch" or has_torch())
+        if "torch" not in peers:
+            print(f"note: PyTorch is not installed and left out ({_INSTALL})", file=sys.stderr)
+    same = {name: value for name, value in vars(config).items() if name not in ("workloads", "modes", "peers")}
+    return [
+        Cell(workload=workload, mode=mode, peers=peers, **same)
+        for workload in config.workloads
+        for mode in config.modes
+    ]
+
+
+_INSTALL = "CAROUSEL_EXTRAS=test,dev,bench launch/run install"
+
+
+def has_torch() -> bool:
+    """Whether PyTorch is installed; does not load it."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def check(cell: Cell) -> None:
+    """Whether the cell's peers can run.
+
+    Raises:
+      CarouselError: PyTorch, or the compiler that torch.compile needs, is not there.
+    """
+    if "torch" in cell.peers and not has_torch():
+        raise CarouselError(f"--peers=torch needs PyTorch: {_INSTALL}, or leave it out")
+    if cell.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise CarouselError("--compile needs a C++ compiler (g++) on the PATH: install one, or leave it out")
+
+
+def run(cell: Cell, context: Any) -> Mapping[str, Any]:
+    """Builds the sides, holds their first results against each other, times them in turn."""
+    from experiments import benchmark_workloads as workloads
+    from research.training import environment
+
+    environment.record(context.folder.path, context.command, {}, context.reporter.note)
+    work = workloads.workload(cell.workload, cell.tiny)
+    sides, results, built = {}, {}, {}
+    for name, build in builders(cell, work).items():
+        start = time.perf_counter()
+        side = build()
+        if side is None:
+            continue
+        sides[name], results[name] = side, side.call()
+        built[name] = time.perf_counter() - start
+    differences = {
+        name: relative_difference(result, results["ours"]) for name, result in results.items() if "torch" in name
+    }
+    for name, difference in differences.items():
+        if not difference <= _TOLERANCE:
+            raise CarouselError(
+                f"{cell.name}: the first result of {name} differs from ours by {difference:.1g} of its size: unequal "
+                "work is not compared; report this, or leave the workload out of --workloads"
+            )
+
+    def between():
+        if context.should_stop():
+            raise Interrupted(f"{context.folder.path}: stopped between rounds; the same command measures it again")
+
+    rounds = timing.measure(sides, rounds=cell.rounds, seconds=cell.seconds, repeats=cell.repeats, between=between)
+    result = {
+        "sides": list(sides),  # in their turn
+        "rounds": rounds,
+        "first_call_seconds": built,
+        "first_result_difference": differences,
+        "batch": work.batch,
+        "gigaflops_a_step": 2e-9 * work.multiply_adds() * _PASSES[cell.mode],
+        "peak_gigaflops_a_second": matmul_peak(cell.peak_size),
+    }
+    numbers = summary(result)
+    shown = ", ".join(f"{1e3 * numbers['seconds'][name]:.3g} ms {name}" for name in sides)
+    context.reporter.note(f"{context.label}: {shown}; {numbers['counted']} of {len(rounds)} rounds count")
+    return result
+
+
+def builders(cell: Cell, work: Any) -> dict[str, Callable[[], Any]]:
+    """Side -> what makes it; ours first."""
+    from experiments import benchmark_workloads as workloads
+    from research.training import environment
+
+    found = {"ours": lambda: workloads.ours(work, cell.mode, steps=cell.steps_per_call, devices=cell.devices)}
+    if "torch" in cell.peers:
+        from experiments import benchmark_torch
+
+        threads = environment.usable_cores() or 1
+        make = functools.partial(benchmark_torch.side, work, cell.mode, steps=cell.steps_per_call, threads=threads)
+        found["torch"] = make
+        if cell.compile:
+            found["torch.compile"] = functools.partial(make, compiled=True)
+    if "flax" in cell.peers:
+        found["flax"] = lambda: workloads.flax(work, cell.mode, steps=cell.steps_per_call)
+    return found
+
+
+def relative_difference(result: Any, expected: Any) -> float:
+    """||a - b|| / ||b||; of training, whose calls take different numbers of steps, over the steps of both."""
+    import numpy as np
+
+    a, b = np.ravel(result), np.ravel(expected)
+    shared = min(a.size, b.size)
+    return float(np.linalg.norm(a[:shared] - b[:shared]) / np.linalg.norm(b[:shared]))
+
+
+@functools.lru_cache(maxsize=1)
+def matmul_peak(size: int, tries: int = 8) -> float:
+    """GFLOP/s of the fastest of some float32 products of two square matrices."""
+    import jax
+    import jax.numpy as jnp
+
+    x, best = jnp.ones((size, size), jnp.float32), float("inf")
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    for _ in range(tries):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2e-9 * size**3 / best
+
+
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a cell's rounds say.
+
+    Returns:
+      `seconds` a step, medians by side; `torch`, the faster of PyTorch's sides, None without; `ratios`, peer -> how
+      many times as fast ours is, one a round; `counted`, the number of rounds that count. Where none does, all are
+      taken, and `counted` is 0.
+    """
+    good = timing.counted(result["rounds"])
+    rounds = good or result["rounds"]
+    seconds = {name: timing.median_seconds(rounds, name) for name in rounds[0]}
+    torch = min((name for name in seconds if name.startswith("torch")), key=seconds.get, default=None)
+    peers = {"torch": torch, "flax": "flax" if "flax" in seconds else None}
+    ratios = {peer: timing.ratios(rounds, name) for peer, name in peers.items() if name}
+    return {"seconds": seconds, "torch": torch, "ratios": ratios, "counted": len(good)}
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """Writes `summary.csv` and the figure of ratios; prints the table."""
+    import statistics
+
+    from research.analysis import benchmark_figures, figures, results, tables
+
+    runs = results.read_runs(workdir / "runs" / name for name in names)
+    found = [(run, summary(run.result)) for run in runs]
+    tables.write_csv(workdir / "summary.csv", [_columns(run, numbers) for run, numbers in found])
+    title = f"\nSpeed{results.unfinished(names, runs)}; ratios: how many times as fast ours is"
+    print(tables.render(title, [_row(run, numbers) for run, numbers in found]))
+    peaks = [run.result["peak_gigaflops_a_second"] for run in runs]
+    print(f"peak: {statistics.median(peaks):.1f} GFLOP/s (a float32 matrix product in the same process)")
+    disturbed = [run.path.name for run, numbers in found if not numbers["counted"]]
+    if disturbed:
+        print(f"no quiet round, so all were taken: {', '.join(disturbed)}")
+    panels = {
+        mode: {run.config["workload"]: numbers["ratios"] for run, numbers in found if run.config["mode"] == mode}
+        for mode in MODES
+    }
+    panels = {mode: by_workload for mode, by_workload in panels.items() if any(by_workload.values())}
+    written = [workdir / "summary.csv"]
+    if panels:
+        figure = benchmark_figures.speed_ratios(panels, {"torch": "PyTorch", "flax": "stock Flax layers"})
+        written += figures.save(figure, workdir / "figures" / "benchmark", figures.provenance(runs))
+    print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _numbers(run, numbers):
+    import statistics
+
+    speed = run.result["gigaflops_a_step"] / numbers["seconds"]["ours"]
+    return {
+        "ours": numbers["seconds"]["ours"],
+        "torch": numbers["seconds"].get(numbers["torch"]),
+        "flax": numbers["seconds"].get("flax"),
+        "speed": speed,
+        "share": speed / run.result["peak_gigaflops_a_second"],
+        "ratios": {peer: statistics.median(values) for peer, values in numbers["ratios"].items()},
+    }
+
+
+def _row(run: Any, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    values = _numbers(run, numbers)
+
+    def milliseconds(seconds):
+        return "-" if seconds is None else f"{1e3 * seconds:.3g}"
+
+    def ratio(peer):
+        return f"{values['ratios'][peer]:.2f}" if peer in values["ratios"] else "-"
+
+    tiny = " (tiny)" if run.config["tiny"] else ""
+    return {
+        "workload": WORKLOADS[run.config["workload"]] + tiny,
+        "mode": run.config["mode"],
+        "ours (ms)": milliseconds(values["ours"]),
+        "examples/s": f"{run.result['batch'] / values['ours']:,.0f}",
+        "GFLOP/s": f"{values['speed']:.3g}",
+        "of peak": f"{values['share']:.0%}",
+        "PyTorch (ms)": milliseconds(values["torch"]) + (" compiled" if numbers["torch"] == "torch.compile" else ""),
+        "ratio": ratio("torch"),
+        "Flax (ms)": milliseconds(values["flax"]),
+        "ratio ": ratio("flax"),
+        "rounds": f"{numbers['counted']} of {len(run.result['rounds'])}",
+    }
+
+
+def _columns(run: Any, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    values = _numbers(run, numbers)
+    kept = ("workload", "mode", "tiny", "devices", "steps_per_call")
+    return {name: run.config[name] for name in kept} | {
+        "batch": run.result["batch"],
+        "ours_seconds": values["ours"],
+        "torch_seconds": numbers["seconds"].get("torch"),
+        "torch_compile_seconds": numbers["seconds"].get("torch.compile"),
+        "flax_seconds": values["flax"],
+        "torch_ratio": values["ratios"].get("torch"),
+        "flax_ratio": values["ratios"].get("flax"),
+        "gigaflops_a_second": values["speed"],
+        "share_of_peak": values["share"],
+        "rounds": len(run.result["rounds"]),
+        "rounds_counted": numbers["counted"],
+    }
+
+
+EXPERIMENT = Experiment(
+    name="benchmark",
+    config=Config,
+    cells=cells,
+    run=run,
+    report=report,
+    check=check,
+    smoke={"tiny": True, "rounds": 2, "seconds": 0.0, "repeats": 0, "steps_per_call": 2, "peak_size": 128},
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
