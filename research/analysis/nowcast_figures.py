@@ -236,7 +236,12 @@ def receptive_field(maps: Mapping[str, np.ndarray], sizes: Mapping[str, Sequence
     axis = figure.add_subplot(grid[:, -1])
     for number, (name, diameters) in enumerate(sizes.items()):
         axis.plot(range(len(diameters)), diameters, markersize=4, label=name, **line_style(number))
-    axis.set(title="receptive field", xlabel="steps $d$ since the input", ylabel="diameter (pixels of the map)", ylim=(0, None))
+    axis.set(
+        title="receptive field",
+        xlabel="steps $d$ since the input",
+        ylabel="diameter (pixels of the map)",
+        ylim=(0, None),
+    )
     axis.locator_params(integer=True)
     legend_below(figure, axis)
     return figure
