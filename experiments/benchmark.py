@@ -133,12 +133,18 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     environment.record(context.folder.path, context.command, {}, context.reporter.note)
     work = workloads.workload(cell.workload, cell.tiny)
     sides, results, built = {}, {}, {}
+
+    def between():
+        if context.should_stop():
+            raise Interrupted(f"{context.folder.path}: stopped between rounds; the same command measures it again")
+
     for name, build in builders(cell, work).items():
+        between()
         start = time.perf_counter()
         side = build()
         if side is None:
             continue
-        sides[name], results[name] = side, side.call()
+        sides[name], results[name] = side, _first_result(name, side, between)
         built[name] = time.perf_counter() - start
     differences = {
         name: relative_difference(result, results["ours"]) for name, result in results.items() if "torch" in name
@@ -149,10 +155,6 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
                 f"{cell.name}: the first result of {name} differs from ours by {difference:.1g} of its size: unequal "
                 "work is not compared; report this, or leave the workload out of --workloads"
             )
-
-    def between():
-        if context.should_stop():
-            raise Interrupted(f"{context.folder.path}: stopped between rounds; the same command measures it again")
 
     rounds = timing.measure(sides, rounds=cell.rounds, seconds=cell.seconds, repeats=cell.repeats, between=between)
     result = {
@@ -168,6 +170,18 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     shown = ", ".join(f"{1e3 * numbers['seconds'][name]:.3g} ms {name}" for name in sides)
     context.reporter.note(f"{context.label}: {shown}; {numbers['counted']} of {len(rounds)} rounds count")
     return result
+
+
+def _first_result(name: str, side: timing.Side, between: Callable[[], None]) -> Any:
+    """Of the call that compiles; where torch.compile fails, in whatever way, that is one line."""
+    try:
+        return side.call()
+    except Exception as error:
+        if name != "torch.compile":
+            raise
+        between()  # Ctrl-C ends its compiler too
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CarouselError(f"torch.compile failed ({reason}): leave --compile out") from error
 
 
 def builders(cell: Cell, work: Any) -> dict[str, Callable[[], Any]]:

@@ -308,10 +308,16 @@ def test_a_whole_command(command, tmp_path, capsys, quick_compilation):
     assert (work / "runs" / "tiny-pixel_gru-train" / "environment.json").exists()
 
 
-def run_with(monkeypatch, tmp_path, first, **seconds):
-    """`benchmark.run` with sides of our own and a work of which only the count is asked."""
+def run_with(monkeypatch, tmp_path, first, stop=lambda: False):
+    """`benchmark.run` with sides of our own, by their results, and a work of which only the count is asked."""
+
+    def result(value):
+        if isinstance(value, Exception):
+            raise value
+        return np.array(value)
+
     (cell,) = cells(Config(workloads=("lenet5",), modes=("inference",), peers=("flax",), rounds=1, seconds=0.0))
-    fakes = {name: Side(lambda value=value: np.array(value), 1) for name, value in first.items()}
+    fakes = {name: Side(lambda value=value: result(value), 1) for name, value in first.items()}
     made = {name: (lambda side=side: side) for name, side in fakes.items()} | {"flax": lambda: None}
     monkeypatch.setattr(benchmark, "builders", lambda cell, work: made)
     monkeypatch.setattr(benchmark, "matmul_peak", lambda size: 100.0)
@@ -319,7 +325,7 @@ def run_with(monkeypatch, tmp_path, first, **seconds):
         workloads, "workload", lambda name, tiny: SimpleNamespace(batch=4, multiply_adds=lambda: 500_000_000)
     )
     with run_folder.open_run(tmp_path / "run", {}) as folder:
-        return run(cell, loop.Context(folder, "[1/1]", SimpleNamespace(note=lambda text: None), command=("bench",)))
+        return run(cell, loop.Context(folder, "[1/1]", SimpleNamespace(note=lambda text: None), stop, ("bench",)))
 
 
 def test_unequal_work_is_not_compared(monkeypatch, tmp_path):
@@ -329,6 +335,17 @@ def test_unequal_work_is_not_compared(monkeypatch, tmp_path):
     for wrong in ([1.1, 2.0], [float("nan"), 2.0]):
         with pytest.raises(CarouselError, match="unequal work is not compared"):
             run_with(monkeypatch, tmp_path, {"ours": [1.0, 2.0], "torch": wrong})
+
+
+def test_a_failure_of_torchs_compiler_is_one_line_and_of_another_side_is_not(monkeypatch, tmp_path):
+    failure = RuntimeError("g++ says no\nand more")
+    with pytest.raises(CarouselError, match=r"^torch.compile failed \(g\+\+ says no\): leave --compile out$"):
+        run_with(monkeypatch, tmp_path, {"ours": [1.0], "torch": [1.0], "torch.compile": failure})
+    with pytest.raises(RuntimeError, match="says no"):
+        run_with(monkeypatch, tmp_path, {"ours": [1.0], "torch": failure})
+    asked = iter([False, False, True])  # before each side is built, and then by its failure
+    with pytest.raises(Interrupted):
+        run_with(monkeypatch, tmp_path, {"ours": [1.0], "torch.compile": failure}, stop=lambda: next(asked))
 
 
 # The report, from run folders made by hand
