@@ -44,7 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "test_examples": 512,
         "batch_size": 8,
         "steps": 2_500,
-        # The paper's is 0.001, for longer training; of 0.001, 0.003 and 0.01 the best for each of these networks.
+        # The paper's is 0.001, for longer training; of 0.001, 0.003 and 0.01 the best for the first of the networks.
         "learning_rate": 1e-2,
     },
     "moving_mnist": {
