@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from experiments import training
 from experiments.runner import option
 from research.data.images import TRAIN_EXAMPLES
 from research.errors import UsageError
@@ -119,7 +120,7 @@ def recipe(config: ImageConfig, defaults: Mapping[str, Mapping[str, int]]) -> di
         "width": config.width or defaults[config.dataset]["width"],
         "steps": steps,
         "augmentation": augmentation,
-        "evaluate_every": max(1, round(steps / config.evaluations / stretch)) * stretch,
+        "evaluate_every": training.evaluate_every(steps, config.evaluations, stretch),
     }
 
 
@@ -169,7 +170,6 @@ def train(
       prepare: `(images, mean) -> what the network sees`, in place of `research.tasks.classification.prepare`.
       checksums: file name -> SHA-256 of what was read besides the data set, for the run's record.
     """
-    import jax
     import numpy as np
 
     from research.tasks import classification
@@ -188,26 +188,19 @@ def train(
     schedule = optimizers.step_decay(
         cell.learning_rate, drops=(cell.steps // 2, cell.steps * 3 // 4), warmup_steps=cell.warmup_steps
     )
+    plan = loop.plan_of(cell)
     outcome = loop.train(
         functools.partial(make_model, num_classes=data.num_classes),
         functools.partial(classification.classification, mean=mean, crop=crop, flip=flip, prepare=prepare),
         optimizers.sgd(schedule, weight_decay=cell.weight_decay),
         schedule,
         splits,
-        loop.plan_of(cell),
+        plan,
         context,
         start=start,
     )
     batch = prepare(data.train.images[:128], mean), data.train.labels[:128]
-    result = {
-        **{f"{split}_{metric}": v for split, metrics in outcome.evaluations.items() for metric, v in metrics.items()},
-        "params": sum(leaf.size for leaf in jax.tree.leaves(outcome.final.params)),
-        "steps": cell.steps,
-        "seconds": outcome.seconds,
-        "examples_per_second": outcome.examples_per_second,
-        "final_state_sha256": outcome.sha256,
-    }
-    return Trained(outcome, batch, result)
+    return Trained(outcome, batch, training.result_of(outcome, plan))
 
 
 def measure_signal(trained: Trained, network_of: Callable[[Any], Any], cell: ImageCell, context: Any) -> None:

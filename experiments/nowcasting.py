@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments import nowcasting_data
+from experiments import nowcasting_data, training
 from experiments.nowcasting_cells import BASELINES, Config, NowcastCell, cells, layers_of, network_of
 from experiments.nowcasting_report import report
 from experiments.runner import Experiment, main
@@ -66,8 +66,6 @@ def run(cell: NowcastCell, context: Any) -> Mapping[str, Any]:
 
 
 def _train(cell: NowcastCell, data: Any, context: Any) -> tuple[Any, dict[str, Any]]:
-    import jax
-
     from research.tasks.nowcasting import nowcasting
     from research.training import loop, optimizers
 
@@ -75,21 +73,7 @@ def _train(cell: NowcastCell, data: Any, context: Any) -> tuple[Any, dict[str, A
         raise UsageError(
             f"--batch_size={cell.batch_size}: there are {data.splits.train} training sequences, give fewer"
         )
-    steps = cell.steps or max(1, cell.epochs * data.splits.train // cell.batch_size)
-    stretch = min(cell.steps_per_call, steps)
-    steps = steps if cell.steps else max(1, steps // stretch) * stretch  # another length is another program
-    plan = loop.Plan(
-        seed=cell.seed,
-        steps=steps,
-        batch_size=cell.batch_size,
-        steps_per_call=stretch,
-        evaluate_every=max(1, round(steps / cell.evaluations / stretch)) * stretch,
-        select="best",
-        evaluation_batch_size=_EVALUATION_BATCH,
-        train_evaluation_examples=min(data.splits.train, data.splits.validation),
-        parallel=cell.parallel,
-        devices=cell.devices,
-    )
+    plan = training.plan_of(cell, data.splits, select="best", evaluation_batch_size=_EVALUATION_BATCH)
     schedule = optimizers.constant(cell.learning_rate)
     make = {"rmsprop": functools.partial(optimizers.rmsprop, decay=0.9), "adam": optimizers.adam}[cell.optimizer]
     optimizer = make(schedule, clip_norm=cell.clip_norm or None)
@@ -102,14 +86,7 @@ def _train(cell: NowcastCell, data: Any, context: Any) -> tuple[Any, dict[str, A
         plan,
         context,
     )
-    return outcome, {
-        **{f"{split}_{metric}": v for split, metrics in outcome.evaluations.items() for metric, v in metrics.items()},
-        "params": sum(leaf.size for leaf in jax.tree.leaves(outcome.final.params)),
-        "steps": steps,
-        "seconds": outcome.seconds,
-        "examples_per_second": outcome.examples_per_second,
-        "final_state_sha256": outcome.sha256,
-    }
+    return outcome, training.result_of(outcome, plan)
 
 
 def _learned(cell: NowcastCell, variables: Any) -> Callable[[Any], tuple[Any, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import training
 from experiments.runner import option
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS, Loaded, text_path
@@ -223,21 +224,17 @@ def network_of(cell: SequenceCell, data: Loaded, axis_name: str | None = None, s
 
 def train(cell: SequenceCell, data: Loaded, context: Any) -> tuple[Any, dict[str, Any]]:
     """Trains the cell's networks: the trainer's outcome, and what every result.json holds."""
-    import jax
-
     from research.tasks.noise import with_weight_noise
     from research.training import loop, optimizers
 
     examples = data.splits.train
     if cell.batch_size > examples:
         raise UsageError(f"--batch_size={cell.batch_size}: {cell.task} has {examples} training sequences, give fewer")
-    steps = cell.steps or max(1, cell.epochs * examples // cell.batch_size)
-    stretch = min(cell.steps_per_call, steps)
-    steps = steps if cell.steps else max(1, steps // stretch) * stretch  # another length is another program
+    plan = training.plan_of(cell, data.splits, select=cell.select)
     schedule = optimizers.constant(cell.learning_rate)
     if cell.hold_epochs:
         an_epoch = examples // cell.batch_size
-        epochs = {"hold_epochs": cell.hold_epochs, "factor": cell.decay, "epochs": -(-steps // an_epoch)}
+        epochs = {"hold_epochs": cell.hold_epochs, "factor": cell.decay, "epochs": -(-plan.steps // an_epoch)}
         schedule = optimizers.exponential_epochs(cell.learning_rate, **epochs, steps_per_epoch=an_epoch)
     optimizer = optimizers.OPTIMIZERS[cell.optimizer](schedule, clip_norm=cell.clip_norm or None)
 
@@ -245,30 +242,10 @@ def train(cell: SequenceCell, data: Loaded, context: Any) -> tuple[Any, dict[str
         task = data.make_task(apply)
         return with_weight_noise(task, cell.weight_noise) if cell.weight_noise else task
 
-    plan = loop.Plan(
-        seed=cell.seed,
-        steps=steps,
-        batch_size=cell.batch_size,
-        steps_per_call=stretch,
-        evaluate_every=max(1, round(steps / cell.evaluations / stretch)) * stretch,
-        select=cell.select,
-        train_evaluation_examples=min(examples, data.splits.validation),
-        parallel=cell.parallel,
-        devices=cell.devices,
-    )
     outcome = loop.train(
         functools.partial(network_of, cell, data), make_task, optimizer, schedule, data.splits, plan, context
     )
-    sizes = sum(leaf.size for leaf in jax.tree.leaves(outcome.final.params)) // len(cell.seed)
-    return outcome, {
-        **{f"{split}_{metric}": v for split, metrics in outcome.evaluations.items() for metric, v in metrics.items()},
-        "baseline": data.baseline,
-        "params": sizes,
-        "steps": steps,
-        "seconds": outcome.seconds,
-        "examples_per_second": outcome.examples_per_second,
-        "final_state_sha256": outcome.sha256,
-    }
+    return outcome, training.result_of(outcome, plan) | {"baseline": data.baseline}
 
 
 _CONFIG = ("task", "length", "cell", "recipe", "batch_size", "optimizer", "learning_rate", "clip_norm")
