@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.analysis import operations
+
 
 @pytest.fixture(autouse=True)
 def compiled_quickly(quick_compilation):
@@ -46,16 +48,14 @@ def _equations(jaxpr, times=1):
 def _operations(model, size=32):
     x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = _abstract_variables(model, size)
-    jaxpr = jax.make_jaxpr(lambda variables, x: model.apply(variables, x, train=False))(variables, x)
-    counts, macs = {}, 0
-    for equation, times in _equations(jaxpr.jaxpr):
-        name = equation.primitive.name
-        counts[name] = counts.get(name, 0) + times
-        if name in ("conv_general_dilated", "dot_general"):
-            # Each output adds one product per kernel element of its feature (the last axis of kernel and result).
-            kernel, result = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-            macs += times * math.prod(result) * math.prod(kernel) // kernel[-1]
-    return counts, macs
+
+    def evaluate(variables, x):
+        return model.apply(variables, x, train=False)
+
+    counts = {}
+    for equation, times in _equations(jax.make_jaxpr(evaluate)(variables, x).jaxpr):
+        counts[equation.primitive.name] = counts.get(equation.primitive.name, 0) + times
+    return counts, operations.multiply_adds(evaluate, variables, x)
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +70,8 @@ def lively():
     return _lively
 
 
-@pytest.fixture(scope="session")
-def operations():
+@pytest.fixture(scope="session", name="operations")
+def operations_fixture():
     """`(model, size=32)` -> how often each primitive runs in evaluation of one image, and the multiply-adds."""
     return _operations
 
