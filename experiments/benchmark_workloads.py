@@ -84,7 +84,8 @@ def _images(batch: int, size: int, channels: int, classes: int) -> dict[str, Any
     }
 
 
-def _cifar(batch: int, size: int, **architecture: Any) -> Workload:
+def cifar(batch: int, size: int, **architecture: Any) -> Workload:
+    """Images of `size x size` and a CIFAR ResNet (`resnet_tables.cifar_resnet`: depth, width, ...)."""
     model = functools.partial(resnet_tables.cifar_resnet, **architecture)
     return Workload("resnet", model=model, stock=stock.StockResNet(model()), **_images(batch, size, 3, 10))
 
@@ -134,7 +135,8 @@ def _pixels(batch: int, size: int, units: int, cell: str) -> Workload:
     return Workload(f"pixel_{cell}", **images, **_to_one(cell, units, 10))
 
 
-def _adding(batch: int, time: int, units: int) -> Workload:
+def adding(batch: int, time: int, units: int) -> Workload:
+    """Sequences of `time` steps, of which an LSTM tells one number, as in the adding problem."""
     random = np.random.default_rng(0)
     inputs = random.random((2 * batch, time, 2), dtype=np.float32)
     arrays = {"inputs": inputs, "targets": random.random(2 * batch, dtype=np.float32)}
@@ -155,10 +157,10 @@ _TINY_TEXT = {"batch": 3, "time": 4, "units": 5, "vocabulary": 11}
 _TINY_PIXELS = {"batch": 3, "size": 3, "units": 4}
 # Name -> constructor, its sizes, and which are other ones where it is to be tiny.
 _TABLE: dict[str, tuple[Callable[..., Workload], dict[str, Any], dict[str, Any]]] = {
-    "resnet20": (_cifar, _CIFAR | {"depth": 20}, _SMALL | {"depth": 8}),
-    "resnet56": (_cifar, _CIFAR | {"depth": 56}, _SMALL | {"depth": 14}),
+    "resnet20": (cifar, _CIFAR | {"depth": 20}, _SMALL | {"depth": 8}),
+    "resnet56": (cifar, _CIFAR | {"depth": 56}, _SMALL | {"depth": 14}),
     "preact110": (
-        _cifar,
+        cifar,
         _CIFAR | {"depth": 110, "placement": "full_preactivation"},
         _SMALL | {"depth": 14},
     ),
@@ -171,7 +173,7 @@ _TABLE: dict[str, tuple[Callable[..., Workload], dict[str, Any], dict[str, Any]]
     "lstm_ptb_medium": (_language, {"batch": 20, "time": 35, "units": 650, "vocabulary": 10_000}, _TINY_TEXT),
     "pixel_lstm": (_pixels, {"batch": 64, "size": 28, "units": 130, "cell": "lstm"}, _TINY_PIXELS),
     "pixel_gru": (_pixels, {"batch": 64, "size": 28, "units": 130, "cell": "gru"}, _TINY_PIXELS),
-    "adding_lstm": (_adding, {"batch": 50, "time": 400, "units": 77}, {"batch": 3, "time": 5, "units": 4}),
+    "adding_lstm": (adding, {"batch": 50, "time": 400, "units": 77}, {"batch": 3, "time": 5, "units": 4}),
     "convlstm": (
         _convlstm,
         {"batch": 8, "frame": 64, "patch": 4, "features": (128, 64, 64), "observed": 10, "horizon": 10},
@@ -197,15 +199,23 @@ def ours(
     work: Workload, mode: str, *, steps: int, devices: int | None = None, learning_rate: float = LEARNING_RATE
 ) -> Side:
     """Our side: in training the trainer's compiled stretch of `steps` steps a call, in inference one batch a call."""
+    if mode == "train":
+        return training(work, steps=steps, devices=devices, learning_rate=learning_rate)[0]
+    mesh = parallel.make_mesh(devices or 1)
+    variables, data = parallel.replicate((work.initial(work.model()).variables, dict(work.arrays)), mesh)
+    rows = parallel.shard_batch(work.rows(steps)[0], mesh)
+    forward = _forward(work, work.model())
+    return Side(lambda: jax.block_until_ready(forward(variables, data, rows)), 1)
+
+
+def training(
+    work: Workload, *, steps: int, devices: int | None = None, learning_rate: float = LEARNING_RATE
+) -> tuple[Side, parallel.Stretch]:
+    """Our side in training, and the compiled stretch that it calls."""
     mesh = parallel.make_mesh(devices or 1)
     optimizer, schedule = _optimizer(learning_rate)
     current = parallel.replicate(work.initial(work.model(), optimizer), mesh)
-    data = parallel.replicate(dict(work.arrays), mesh)
-    rows = work.rows(steps)
-    if mode == "inference":
-        forward = _forward(work, work.model())
-        rows = parallel.shard_batch(rows[0], mesh)
-        return Side(lambda: jax.block_until_ready(forward(current.variables, data, rows)), 1)
+    data, rows = parallel.replicate(dict(work.arrays), mesh), work.rows(steps)
     how = parallel.choose_mode("auto", mesh.size)
     axis = parallel.axis_name(how)
     task = work.make_task(state.bind(work.model(axis_name=axis)))
@@ -218,7 +228,7 @@ def ours(
         current, metrics = compiled(current, data, rows, key)
         return jax.device_get(metrics["loss"])
 
-    return Side(call, steps)
+    return Side(call, steps), compiled
 
 
 def flax(work: Workload, mode: str, *, steps: int, learning_rate: float = LEARNING_RATE) -> Side | None:

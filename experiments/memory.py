@@ -90,9 +90,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
     arguments = parallel.replicate((data, jax.random.key(0)), mesh)
     rows = np.arange(cell.batch_size, dtype=np.int32)[None]
     compiled = parallel.compile_stretch(stretch, "jit", mesh, (initial, arguments[0], rows, arguments[1]))
-    memory = compiled.memory
-    result = {"temporary_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes}
-    result["params"] = sum(leaf.size for leaf in jax.tree.leaves(initial.params))
+    result = compiled.memory | {"params": sum(leaf.size for leaf in jax.tree.leaves(initial.params))}
     if cell.execute:
         current = parallel.replicate(state.initialize(model, optimizer, 0, inputs), mesh)
         result |= _execute(compiled, current, arguments, rows, cell.execute)
@@ -140,7 +138,8 @@ def report(workdir: Path, names: list[str]) -> None:
     }
     for name, by_depth in groups.items():
         if len(by_depth) > 1:
-            print(f"{name}: bytes grow as depth to the power {exponent(by_depth):.2f}")
+            power = results.growth({depth: run.result["temporary_bytes"] for depth, run in by_depth.items()})
+            print(f"{name}: bytes grow as depth to the power {power:.2f}")
     size = config["image_size"]
     powers = {"everything kept": 1.0, "rematerialised": 0.5}
     figure = signal_figures.memory_against_depth(groups, powers, f"{title}, {size}x{size} images")
@@ -153,15 +152,6 @@ _MEASURED = ("params", "temporary_bytes", "argument_bytes", "step_seconds", "pea
 
 def _all_columns(result: Mapping[str, Any]) -> dict[str, Any]:
     return {name: result.get(name) for name in _MEASURED}
-
-
-def exponent(by_depth: Mapping[int, Any]) -> float:
-    """Between the smallest and the largest depth: log of the ratio of bytes over log of the ratio of depths."""
-    import math
-
-    first, last = min(by_depth), max(by_depth)
-    ratio = by_depth[last].result["temporary_bytes"] / by_depth[first].result["temporary_bytes"]
-    return math.log(ratio) / math.log(last / first)
 
 
 def _row(run: Any) -> dict[str, Any]:

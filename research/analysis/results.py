@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,12 @@ def curves(runs: Iterable[Run], name: str) -> list[tuple[list[int], list[float]]
 
 def _seeds(value):
     return value if isinstance(value, list) else [value]
+
+
+def growth(by_x: Mapping[float, float]) -> float:
+    """p of y ~ x^p between the smallest and the largest x: log(y_last / y_first) / log(x_last / x_first)."""
+    first, last = min(by_x), max(by_x)
+    return math.log(by_x[last] / by_x[first]) / math.log(last / first)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,9 +57,13 @@ class Stretch:
         return self._compiled(state, data, self._place(indices), key)
 
     @property
-    def memory(self) -> Any:
-        """XLA's buffer assignment: `temp_size_in_bytes`, `argument_size_in_bytes` and others, of one device."""
-        return self._compiled.memory_analysis()
+    def memory(self) -> dict[str, int]:
+        """What one device needs, by XLA's buffer assignment: `temporary_bytes` and `argument_bytes`.
+
+        Arguments are state, data, indices and key; the new state takes the place of the old, which is donated.
+        """
+        found = self._compiled.memory_analysis()
+        return {"temporary_bytes": found.temp_size_in_bytes, "argument_bytes": found.argument_size_in_bytes}
 
 
 def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[Any, Any, Any, Any]) -> Stretch:

@@ -1,4 +1,4 @@
-"""The memory experiment: its grid, one whole command, steps taken where asked for, and the exponent of growth."""
+"""The memory experiment: its grid, one whole command, steps taken where asked for, and the report."""
 
 import csv
 import io
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import memory
-from experiments.memory import EXPERIMENT, Config, cells, exponent, report
+from experiments.memory import EXPERIMENT, Config, cells, report
 from research.training import loop, run_folder
 
 GIB = 2**30
@@ -108,15 +108,6 @@ def test_steps_are_taken_where_asked_for(quick_compilation, tmp_path):
 
 
 # The report, from run folders made by hand
-
-
-def test_the_exponent_is_the_slope_between_the_ends():
-    def runs(sizes):
-        return {depth: SimpleNamespace(result={"temporary_bytes": size}) for depth, size in sizes.items()}
-
-    assert exponent(runs({10: 100, 40: 800})) == pytest.approx(1.5)  # log 8 / log 4
-    assert exponent(runs({1000: 7_000, 20: 140, 300: 1})) == pytest.approx(1)  # in whatever order; ends alone
-    assert exponent(runs({9: 5, 36: 10})) == pytest.approx(0.5)
 
 
 def by_hand(finished, workdir, remat, networks=("bottleneck-20", "bottleneck-83")):

@@ -112,6 +112,12 @@ def test_spreads_by_hand():
         assert (none.n, none.percent()) == (0, "failed") and math.isnan(none.mean)
 
 
+def test_growth_is_the_slope_between_the_ends():
+    assert results.growth({10: 100, 40: 800}) == pytest.approx(1.5)  # log 8 / log 4
+    assert results.growth({1000: 7_000, 20: 140, 300: 1}) == pytest.approx(1)  # in whatever order; ends alone
+    assert results.growth({9: 5, 36: 10}) == pytest.approx(0.5)
+
+
 def test_results_are_json_values(make_run):
     run = make_run("a", {}, [0.5])
     json.dumps([run.config, run.environment, run.result, run.metrics])
