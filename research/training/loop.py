@@ -1,7 +1,6 @@
 """The trainer: compiled stretches of steps, checkpoints, resume, timers. One loop for every experiment."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -181,6 +180,7 @@ def train(
     stretch = state.over_seeds(
         step.make_stretch(task.loss, optimizer, schedule, axis), plan.seed, in_axes=(0, None, 0, 0)
     )
+    examples_of = _examples_of(plan, splits, task)
     compiled: dict[int, Callable] = {}
     at = int(np.ravel(current.step)[0])
     reporter.start(context.label, plan.steps, at)
@@ -213,7 +213,7 @@ def train(
             )
         # The grid of stretches is fixed by absolute steps, so an interrupted run takes the same ones.
         end = min(plan.steps, *((at // n + 1) * n for n in (plan.steps_per_call, plan.evaluate_every)))
-        rows = _indices(plan, splits, task, at, end)
+        rows = examples_of(at, end)
         if end - at not in compiled:
             with timers("compile"):
                 compiled[end - at] = parallel.compile_stretch(stretch, mode, mesh, (current, data, rows, key))
@@ -260,14 +260,18 @@ def train(
     )
 
 
-def _indices(plan: Plan, splits: Splits, task: Task, at: int, end: int) -> np.ndarray:
-    """The examples of steps `at` to `end` - 1: `[steps, batch]`, or `[seeds, steps, batch]`."""
-    shape = {"steps": end - at, "batch_size": plan.batch_size, "examples": splits.train}
+def _examples_of(plan: Plan, splits: Splits, task: Task) -> Callable[[int, int], np.ndarray]:
+    """`(at, end) -> the examples of steps at to end - 1`: `[steps, batch]`, or `[seeds, steps, batch]`."""
+    same = {"batch_size": plan.batch_size, "examples": splits.train}
     if not task.carries:
-        draw = functools.partial(step.shuffled_indices, first_step=at, **shape)
-        return np.asarray(state.over_seeds(draw, plan.seed)(state.stream(plan.seed, "order")))
-    rows = step.indices_in_order(at, **shape)
-    return np.broadcast_to(rows, (len(plan.seed), *rows.shape)) if isinstance(plan.seed, tuple) else rows
+        permutation = step.permutations(state.stream(plan.seed, "order"), splits.train)
+        return lambda at, end: step.shuffled_indices(permutation, at, steps=end - at, **same)
+
+    def in_order(at, end):
+        rows = step.indices_in_order(at, steps=end - at, **same)
+        return np.broadcast_to(rows, (len(plan.seed), *rows.shape)) if isinstance(plan.seed, tuple) else rows
+
+    return in_order
 
 
 def _over_seeds(value: Any) -> float:
@@ -281,8 +285,6 @@ def _check(plan: Plan, splits: Splits, devices: int) -> None:
         raise UsageError("steps, batch_size, steps_per_call and evaluate_every must be at least 1")
     if plan.batch_size > splits.train:
         raise UsageError(f"--batch_size={plan.batch_size} is larger than the training set: give at most {splits.train}")
-    if splits.train * plan.batch_size >= 2**31:  # the place in the stream of examples is counted in int32
-        raise UsageError(f"--batch_size={plan.batch_size}: give less than {2**31 // splits.train} for this data set")
     if plan.batch_size % devices:
         raise UsageError(
             f"--batch_size={plan.batch_size} does not divide by {devices} devices: give a multiple, or --devices=1"

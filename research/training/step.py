@@ -1,7 +1,7 @@
 """The one training step, whole stretches of it as one program, and evaluation. Pure functions; see `parallel`."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -63,25 +63,45 @@ def make_stretch(
     return stretch
 
 
-@partial(jax.jit, static_argnames=("steps", "batch_size", "examples"))
-def shuffled_indices(key: jax.Array, first_step: jax.Array, *, steps: int, batch_size: int, examples: int) -> jax.Array:
-    """Which examples the steps `first_step, ..., first_step + steps - 1` see: `[steps, batch_size]`, int32.
+def permutations(key: jax.Array, examples: int) -> Callable[[int], np.ndarray]:
+    """The random order of an epoch's examples, int32 `[examples]`, drawn from `fold_in(key, epoch)`.
 
-    The stream of examples is one random permutation after another (epoch e is drawn from `fold_in(key, e)`); step t
-    takes places t batch_size and following. A batch may span two epochs; no example is left out of any epoch.
+    With the keys of several seeds `[seeds, examples]`. The last two epochs are kept on the host: drawn anew for every
+    stretch, they would leave the device idle for longer than everything else between stretches.
     """
-    epochs = -(-steps * batch_size // examples) + 1
-    # Whole epochs passed and places passed in the current one, without forming step * batch_size, which can overflow.
-    steps_per_cycle = examples  # examples steps are batch_size whole epochs
-    cycle, rest = first_step // steps_per_cycle, first_step % steps_per_cycle
-    first_epoch = cycle * batch_size + (rest * batch_size) // examples
-    offset = (rest * batch_size) % examples
-    permutations = jax.vmap(
-        lambda e: jax.random.permutation(
-            jax.random.fold_in(key, first_epoch + e), jnp.arange(examples, dtype=jnp.int32)
-        )
-    )(jnp.arange(epochs))
-    return lax.dynamic_slice(permutations.reshape(-1), (offset,), (steps * batch_size,)).reshape(steps, batch_size)
+
+    @lru_cache(maxsize=2)
+    def permutation(epoch):
+        return np.asarray(_permutation(key, epoch, examples))
+
+    return permutation
+
+
+@partial(jax.jit, static_argnums=2)
+def _permutation(key, epoch, examples):
+    def draw(key):
+        return jax.random.permutation(jax.random.fold_in(key, epoch), jnp.arange(examples, dtype=jnp.int32))
+
+    return jax.vmap(draw)(key) if key.ndim else draw(key)
+
+
+def shuffled_indices(
+    permutation: Callable[[int], np.ndarray], first_step: int, *, steps: int, batch_size: int, examples: int
+) -> np.ndarray:
+    """Which examples the steps `first_step, ..., first_step + steps - 1` see: `[..., steps, batch_size]`, int32.
+
+    The stream of examples is one random permutation after another; step t takes places t batch_size and following. A
+    batch may span two epochs; no example is left out of any epoch.
+
+    Args:
+      permutation: of an epoch, from `permutations`; leading axes (seeds) lead here too.
+      first_step, steps, batch_size, examples: a training of one batch after another.
+    """
+    first, offset = divmod(first_step * batch_size, examples)
+    last = ((first_step + steps) * batch_size - 1) // examples
+    places = np.concatenate([permutation(epoch) for epoch in range(first, last + 1)], axis=-1)
+    rows = places[..., offset : offset + steps * batch_size]
+    return rows.reshape(*rows.shape[:-1], steps, batch_size)
 
 
 def indices_in_order(first_step: int, *, steps: int, batch_size: int, examples: int) -> np.ndarray:

@@ -158,7 +158,7 @@ def test_training_starts_from_the_variables_that_are_given(tmp_path):
     assert int(outcome.initial.step) == 0 and not any(map(np.any, jax.tree.leaves(outcome.initial.opt_state)))
     # The first batch is seen with them; the same examples come in the same order as without.
     first, second = (records(tmp_path / name)[0] for name in ("whole", "fresh"))
-    rows = np.asarray(step.shuffled_indices(state.stream(0, "order"), 0, steps=1, batch_size=16, examples=1280))[0]
+    rows = step.permutations(state.stream(0, "order"), 1280)(0)[:16]
     batch = {name: array[rows] for name, array in SPLITS.arrays.items()}
     for found, variables in ((first, start), (second, fresh.initial.variables)):
         expected, _ = classification(state.bind(Net()), mean=MEAN).loss(variables, batch, None)

@@ -62,7 +62,7 @@ def run(mode, devices, model_axis="same", gradient_factor=1):
     place = functools.partial(parallel.replicate, mesh=mesh)
     arguments = place(initial), place(arrays), place(state.stream(0, "augmentation"))
     order = {"steps": STEPS, "batch_size": BATCH, "examples": EXAMPLES}
-    rows = np.asarray(step.shuffled_indices(state.stream(0, "order"), 0, **order))
+    rows = step.shuffled_indices(step.permutations(state.stream(0, "order"), EXAMPLES), 0, **order)
     compiled = parallel.compile_stretch(stretch, mode, mesh, (*arguments[:2], rows, arguments[2]))
     final, metrics = jax.device_get(compiled(*arguments[:2], rows, arguments[2]))
     assert int(final.step) == STEPS and all(value.shape == (STEPS,) for value in metrics.values())

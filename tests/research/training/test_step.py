@@ -12,16 +12,18 @@ from research.models.convolution import Convolution
 from research.models.resnet import ResNet
 from research.tasks.classification import classification
 from research.training import state as states
+from research.training import step as step_module
 from research.training.optimizers import sgd, step_decay
-from research.training.step import make_evaluation, make_stretch, shuffled_indices
+from research.training.step import make_evaluation, make_stretch, permutations, shuffled_indices
 
 KEY = jax.random.key(5)
 
 
 def indices(first_step, steps, batch_size, examples, key=KEY):
-    found = shuffled_indices(key, jnp.int32(first_step), steps=steps, batch_size=batch_size, examples=examples)
-    assert found.shape == (steps, batch_size) and found.dtype == np.int32
-    return np.asarray(found)
+    permutation = permutations(key, examples)
+    found = shuffled_indices(permutation, first_step, steps=steps, batch_size=batch_size, examples=examples)
+    assert found.shape == (*key.shape, steps, batch_size) and found.dtype == np.int32
+    return found
 
 
 # The order of examples
@@ -62,6 +64,21 @@ def test_late_steps_do_not_overflow(batch_size, examples):
         places = [first * batch_size + k for k in range(4 * batch_size)]
         permutations = {epoch: np.asarray(permutation(epoch)) for epoch in {place // examples for place in places}}
         np.testing.assert_array_equal(found, [permutations[p // examples][p % examples] for p in places])
+
+
+def test_seeds_have_orders_of_their_own():
+    keys = jnp.stack([KEY, jax.random.key(6)])
+    expected = [indices(5, 4, 7, 12, key) for key in keys]
+    np.testing.assert_array_equal(indices(5, 4, 7, 12, keys), expected)
+
+
+def test_an_order_is_drawn_once_an_epoch(monkeypatch):
+    drawn, original = [], step_module._permutation
+    monkeypatch.setattr(step_module, "_permutation", lambda *a: drawn.append(a[1]) or original(*a))
+    permutation = permutations(KEY, 12)
+    for first in range(0, 24, 3):  # 5 examples a step: epochs of 2.4 steps, stretches over two or three of them
+        shuffled_indices(permutation, first, steps=3, batch_size=5, examples=12)
+    assert drawn == list(range(10))
 
 
 # Stretches
