@@ -18,7 +18,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import images
+from experiments import images, precision
 from experiments.depth_report import report
 from experiments.runner import Experiment, main, option
 
@@ -48,7 +48,7 @@ class Cell(images.ImageCell):
 
     @property
     def name(self) -> str:
-        return f"{self.block}-{self.depth}-w{self.width}-seed{self.seed}"
+        return f"{self.block}-{self.depth}-w{self.width}-seed{self.seed}{precision.suffix(self)}"
 
 
 def cells(config: Config) -> list[Cell]:
@@ -81,7 +81,7 @@ def network_of(cell: Cell, **options: Any) -> Any:
     """The network of a cell; options go to `cifar_resnet`."""
     from research.models import cifar_resnet
 
-    return cifar_resnet(cell.depth, cell.block, cell.width, **options)
+    return cifar_resnet(cell.depth, cell.block, cell.width, dtype=precision.dtype(cell), **options)
 
 
 EXPERIMENT = Experiment(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import precision
 from experiments.images import summary_row
 from research.analysis import figures, results, signal_figures, tables
 from research.analysis.results import Run, spread
@@ -27,12 +28,8 @@ def report(workdir: Path, names: list[str]) -> None:
     networks = results.group(runs, lambda run: (run.config["block"], run.config["depth"], run.config["width"]))
     tables.write_csv(workdir / "summary.csv", [summary_row(run, ("block", "depth")) for run in runs])
     dataset = runs[0].config["dataset"]
-    print(
-        tables.render(
-            f"\n{dataset}: errors after the last step{results.unfinished(names, runs)}",
-            [_row(*item) for item in networks.items()],
-        )
-    )
+    title = f"\n{dataset}: errors after the last step{precision.title(runs[0].config)}"
+    print(tables.render(title + results.unfinished(names, runs), [_row(*item) for item in networks.items()]))
     if beside := [_beside_paper(*item) for item in networks.items() if _is_papers(*item)]:
         print(tables.render("\nthe paper | here (CIFAR-10, width 16)", beside))
     written = _draw(runs, workdir / "figures")

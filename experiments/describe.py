@@ -18,7 +18,7 @@ from research.models import MODELS
 from research.models.layers import layers
 
 # Arguments that change no shape.
-_HIDDEN = {"axis_name", "remat"}
+_HIDDEN = {"axis_name", "dtype", "remat"}
 # Height and width of the input in pixels; of the others 224.
 _IMAGE_SIZES = {"resnet": 32}
 

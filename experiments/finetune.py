@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import images
+from experiments import images, precision
 from experiments.runner import Experiment, main, option
 from research.errors import CarouselError, UsageError
 
@@ -62,7 +62,8 @@ class Cell(images.ImageCell):
 
     @property
     def name(self) -> str:
-        return f"{self.start}-resnet{self.depth}-s{self.image_size}-{self.dataset}-seed{self.seed}"
+        name = f"{self.start}-resnet{self.depth}-s{self.image_size}-{self.dataset}-seed{self.seed}"
+        return name + precision.suffix(self)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -135,7 +136,7 @@ def run(cell: Cell, context: Any) -> Mapping[str, Any]:
         classes = images.load(cell.dataset, cell.data_dir).num_classes
         start = weights.replace_head(weights.load(cell.weights), classes, state.stream(cell.seed, "head"))
         checksums = {Path(cell.weights).name: cell.weights_sha256}
-    make_model = functools.partial(imagenet_resnet, cell.depth)
+    make_model = functools.partial(imagenet_resnet, cell.depth, dtype=precision.dtype(cell))
     prepared = functools.partial(prepare, size=cell.image_size)
     return images.train(cell, make_model, context, start, prepare=prepared, checksums=checksums).result
 
@@ -150,7 +151,8 @@ def report(workdir: Path, names: list[str]) -> None:
     starts = results.group(runs, lambda run: f"from {run.config['start']}")
     config = runs[0].config
     setting = f"ResNet-{config['depth']}, {config['dataset']} at {config['image_size']}x{config['image_size']}"
-    title = f"\n{setting}: errors after {config['steps']} steps{results.unfinished(names, runs)}"
+    title = f"\n{setting}: errors after {config['steps']} steps{precision.title(config)}"
+    title += results.unfinished(names, runs)
     print(tables.render(title, [{"start": start} | _row(same) for start, same in starts.items()]))
     drawn = {
         "error_curves": figures.error_curves(starts, lambda run: run.config["depth"], "layers"),

@@ -67,12 +67,14 @@ def main(argv: list[str]) -> None:
             raise UsageError("--run is missing: give the run folder of a trained language model")
         if not values.temperature >= 0:
             raise UsageError(f"--temperature={values.temperature}: give 0 or more")
+        from experiments import precision
         from experiments.language_model import continued
 
         cell, vocabulary, variables = load(Path(values.run), values.model_seed)
         prompt = values.prompt and values.prompt.replace("\\n", "\n")
         options = {"steps": values.length, "temperature": values.temperature, "top_k": values.top_k or None}
-        text = continued(cell, vocabulary, variables, prompt=prompt, seed=values.seed, **options)
+        with precision.products(cell):  # of a model trained in TF32 also where there is none: float32 is closer still
+            text = continued(cell, vocabulary, variables, prompt=prompt, seed=values.seed, **options)
     except CarouselError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

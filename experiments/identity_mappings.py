@@ -19,7 +19,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import images
+from experiments import images, precision
 from experiments.identity_report import report
 from experiments.identity_tables import TABLE1, TABLE2, TABLE2_NETWORKS, TABLE3, TABLE3_NETWORKS, VARIANTS
 from experiments.runner import Experiment, main, option
@@ -58,14 +58,16 @@ class Cell(images.ImageCell):
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{self.unit}-{self.depth}-w{self.width}-seed{self.seed}"
+        name = f"{self.variant}-{self.unit}-{self.depth}-w{self.width}-seed{self.seed}"
+        return name + precision.suffix(self)
 
 
 def network_of(cell: Any, **options: Any) -> Any:
     """The network of a cell with `variant`, `unit`, `depth` and `width`; options go to `cifar_resnet`."""
     from research.models import cifar_resnet
 
-    return cifar_resnet(cell.depth, width=cell.width, unit=cell.unit, **VARIANTS[cell.variant].options, **options)
+    options |= VARIANTS[cell.variant].options | {"dtype": precision.dtype(cell)}
+    return cifar_resnet(cell.depth, width=cell.width, unit=cell.unit, **options)
 
 
 def cells(config: Config) -> list[Cell]:

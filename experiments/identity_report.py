@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import precision
 from experiments.identity_tables import FAIL, PAPER, VARIANTS, paper_error, paper_network
 from experiments.images import summary_row
 from research.analysis import figures, results, signal_figures, tables
@@ -19,7 +20,8 @@ def report(workdir: Path, names: list[str]) -> None:
     for network, same in results.group(runs, _network).items():
         variants = results.group(same, lambda run: run.config["variant"])
         reference = paper_network(network, variants)
-        title = f"\n{network}, {same[0].config['dataset']}: paper | here{results.unfinished(names, runs)}"
+        title = f"\n{network}, {same[0].config['dataset']}: paper | here{precision.title(same[0].config)}"
+        title += results.unfinished(names, runs)
         print(tables.render(title, [_row(reference, *item) for item in variants.items()]))
         for name, figure in _figures(network, reference, variants).items():
             written += figures.save(figure, workdir / "figures" / f"{name}_{network}", made_from)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from experiments import training
+from experiments import precision, training
 from experiments.runner import option
 from research.data.images import TRAIN_EXAMPLES
 from research.errors import UsageError
@@ -54,6 +54,7 @@ class ImageConfig:
     devices: int | None = option(
         None, "How many devices (default: all; on the CPU, where any number can be made, 1).", minimum=1
     )
+    precision: str = precision.field()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,7 @@ class ImageCell:
     data_dir: str | None = option(None, "", identity=False)
     parallel: str = option("auto", "", identity=False)
     devices: int | None = option(None, "", identity=False)
+    precision: str = precision.field()
 
 
 def check_batch_size(config: Any) -> int:
@@ -115,7 +117,7 @@ def recipe(config: ImageConfig, defaults: Mapping[str, Mapping[str, int]]) -> di
     if augmentation == "auto":
         augmentation = "crop_and_flip" if config.dataset == "cifar10" else "none"
     same = ("dataset", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "steps_per_call")
-    same += ("train_evaluation_examples", "data_dir", "parallel", "devices")
+    same += ("train_evaluation_examples", "data_dir", "parallel", "devices", "precision")
     return {name: getattr(config, name) for name in same} | {
         "width": config.width or defaults[config.dataset]["width"],
         "steps": steps,
@@ -231,6 +233,7 @@ def summary_row(run: Any, architecture: Sequence[str]) -> dict[str, Any]:
     seconds = run.result.get("seconds") or dict.fromkeys(_SECONDS)
     return {
         **{name: run.config[name] for name in ("dataset", *architecture, *_CONFIG)},
+        **precision.column(run.config),
         **{name: run.result.get(name) for name in _RESULT},
         "seconds": sum(value for value in seconds.values() if value),
         **{f"{name}_seconds": seconds[name] for name in _SECONDS},

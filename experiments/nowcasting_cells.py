@@ -5,7 +5,7 @@ import math
 import re
 from typing import Any
 
-from experiments import nowcasting_data
+from experiments import nowcasting_data, precision
 from experiments.runner import option
 from research.errors import UsageError
 
@@ -113,6 +113,7 @@ class Config:
     data_dir: str | None = option(None, "Folder of MNIST or of radar frames (default: ./data).")
     parallel: str = option("auto", "How a step is spread over devices.", choices=("auto", "pmap", "jit", "shard_map"))
     devices: int | None = option(None, "How many devices (default: all; on the CPU 1).", minimum=1)
+    precision: str = precision.field()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,14 @@ class NowcastCell:
     data_dir: str | None = option(None, "", identity=False)
     parallel: str = option("auto", "", identity=False)
     devices: int | None = option(None, "", identity=False)
+    precision: str = precision.field()
 
     @property
     def name(self) -> str:
         if self.network in BASELINES:
-            return f"{self.dataset}-{self.network}"
+            return f"{self.dataset}-{self.network}{precision.suffix(self)}"
         kind = [] if self.cell == "lstm" else [self.cell]
-        return "-".join([self.dataset, self.network, *kind, f"seed{self.seed}"])
+        return "-".join([self.dataset, self.network, *kind, f"seed{self.seed}"]) + precision.suffix(self)
 
 
 def cells(config: Config) -> list[NowcastCell]:
@@ -238,7 +240,8 @@ def network_of(cell: NowcastCell) -> Any:
     kind = CELLS[cell.cell]
     options = kind.options | ({"forget_bias": cell.forget_bias} if kind.kind == "lstm" else {})
     unit = recurrent.CELLS[kind.kind](**options)
-    return forecaster.EncoderForecaster(unit, features, cell.horizon, kernels, cell.patch, cell.segment)
+    shape = (features, cell.horizon, kernels, cell.patch)
+    return forecaster.EncoderForecaster(unit, *shape, segment=cell.segment, dtype=precision.dtype(cell))
 
 
 def label_of(network: str, cell: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from experiments import precision
 from experiments.nowcasting_cells import BASELINES, label_of
 from research.analysis import figures, nowcast_figures, recurrence_figures, results, tables
 from research.analysis.results import Run, spread
@@ -58,7 +59,7 @@ def report(workdir: Path, names: list[str]) -> None:
         tables.write_csv(workdir / f"{name}.csv", found)
     groups = results.group(runs, lambda run: (run.config["network"], run.config["cell"]))
     groups = {label_of(*key): same for key, same in groups.items()}
-    title = f"\n{_title(runs)}; test scores{results.unfinished(names, runs)}"
+    title = f"\n{_title(runs)}; test scores{precision.title(runs[0].config)}{results.unfinished(names, runs)}"
     print(_table(title, [_row(name, same) for name, same in groups.items()]))
     shown = [score for score in SCORES if any(_overall(run).get(score) is not None for run in runs)]
     if "csi" in shown:
@@ -111,6 +112,7 @@ def _summary(run: Run) -> dict[str, Any]:
     losses = [f"{split}_loss" for split in ("train", "validation", "test")]
     return (
         {name: config[name] for name in (*names, "learning_rate")}
+        | precision.column(config)
         | {name: result.get(name) for name in ("params", "steps", *losses)}
         | {name: overall.get(name) for name in SCORES}
         | {"seconds": sum((result.get("seconds") or {}).values())}

@@ -59,6 +59,7 @@ class Cell:
     batch_size: int
     seed: int
     data_dir: str | None = option(None, "", identity=False)
+    precision = "float32"  # no field: the identities are about rounding, there is no choice
 
     @property
     def name(self) -> str:

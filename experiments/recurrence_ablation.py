@@ -79,7 +79,7 @@ def gradient_norms(cell: SequenceCell, data: Any, params: Any) -> list[list[floa
     first, _ = data.splits.range("validation")
     batch = {name: array[first : first + _PROBED] for name, array in data.splits.arrays.items()}
     stack = sequences.network_of(cell, data).stack
-    layer = Recurrent(stack.cell, stack.features[0], use_bias=stack.use_bias)
+    layer = Recurrent(stack.cell, stack.features[0], use_bias=stack.use_bias, dtype=stack.dtype)
 
     def loss(params, outputs):
         head = params["head"]

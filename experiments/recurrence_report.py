@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import precision
 from experiments.recurrence_tables import DIFFERENCES, PAPER
 from experiments.sequence_tasks import TASKS
 from experiments.sequences import LABELS, summary_rows
@@ -24,7 +25,8 @@ def report(workdir: Path, names: list[str]) -> None:
         title = f"\n{title_of(setting)}, {TASKS[task].unit} after the last step"
         if same[0].config["select"] == "best":
             title = f"\n{title_of(setting)}, {TASKS[task].unit} where the validation loss was lowest"
-        print(tables.render(title + results.unfinished(names, runs), [_row(setting, run) for run in same]))
+        title += precision.title(same[0].config) + results.unfinished(names, runs)
+        print(tables.render(title, [_row(setting, run) for run in same]))
         if baseline := _baseline(same):
             print(f"without memory: {_number(task, baseline)}")
     for paper in dict.fromkeys(recipe.split("_")[0] for recipe, *_ in settings):

@@ -26,6 +26,7 @@ def option(
     choices: Sequence[str] = (),
     minimum: float | None = None,
     identity: bool = True,
+    implied: bool = False,
 ) -> Any:
     """A field of a Config or a cell.
 
@@ -35,10 +36,11 @@ def option(
       choices: the values a string may take; for a tuple, each of its elements.
       minimum: the smallest value allowed; for a tuple, each of its elements.
       identity: False for what does not change a cell's result (where the data lies, how many devices).
+      implied: left out of a cell's identity where it has its default: for a field that came later than runs without it,
+        which are the same runs.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "minimum": minimum, "identity": identity}
-    )
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "identity": identity, "implied": implied}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,9 @@ class Experiment:
 
 def identity(cell: Any) -> dict[str, Any]:
     """The fields of a cell that determine its result; what `config.json` holds."""
-    return {f.name: getattr(cell, f.name) for f in dataclasses.fields(cell) if f.metadata.get("identity", True)}
+    fields = [f for f in dataclasses.fields(cell) if f.metadata.get("identity", True)]
+    values = [(f, getattr(cell, f.name)) for f in fields]
+    return {f.name: value for f, value in values if not (f.metadata.get("implied") and value == f.default)}
 
 
 def main(experiment: Experiment) -> None:
@@ -242,6 +246,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
     # Imported late: --help and usage errors answer without loading JAX.
     import jax
 
+    from experiments import precision
     from research.training import environment, loop, run_folder
     from research.training.progress import Reporter
 
@@ -260,6 +265,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
     folders = [workdir / "runs" / cell.name for cell in cells]
     for cell, path in zip(cells, folders, strict=True):
         experiment.check(cell)
+        precision.check(cell)
         run_folder.check_config(path, identity(cell))  # all of them before the first is trained
     failures = []
     with Reporter() as reporter:
@@ -272,7 +278,7 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
                 if stop():
                     done = number - 1
                     raise Interrupted(f"{workdir}: {done} of {len(cells)} cells are finished; the same command goes on")
-                with run_folder.open_run(path, identity(cell)) as folder:
+                with run_folder.open_run(path, identity(cell)) as folder, precision.products(cell):
                     try:
                         result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
                     except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import training
+from experiments import precision, training
 from experiments.runner import option
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS, Loaded, text_path
@@ -75,6 +75,7 @@ class SequenceConfig:
     data_dir: str | None = option(None, "Folder of the data sets' original files (default: ./data).")
     parallel: str = option("auto", "How a step is spread over devices.", choices=("auto", "pmap", "jit", "shard_map"))
     devices: int | None = option(None, "How many devices (default: all; on the CPU 1).", minimum=1)
+    precision: str = precision.field()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,13 +117,14 @@ class SequenceCell:
     data_dir: str | None = option(None, "", identity=False)
     parallel: str = option("auto", "", identity=False)
     devices: int | None = option(None, "", identity=False)
+    precision: str = precision.field()
 
     @property
     def name(self) -> str:
         parts = [self.task + (f"{self.length}" if self.length else "")] + [self.corpus] * bool(self.corpus)
         parts += [self.cell, *map(str, self.units)]
         parts += [] if self.recipe == "default" else [self.recipe]
-        return "-".join([*parts, "seeds" + ".".join(map(str, self.seed))])
+        return "-".join([*parts, "seeds" + ".".join(map(str, self.seed))]) + precision.suffix(self)
 
 
 def cell_of(config: SequenceConfig, task: str, cell: str, recipe: str, length: int | None = None) -> SequenceCell:
@@ -198,11 +200,10 @@ def network_of(cell: SequenceCell, data: Loaded, axis_name: str | None = None, s
     from research.models import language, sequence
     from research.models.recurrent import CELLS
 
-    shape = TASKS[cell.task].network
+    shape, dtype = TASKS[cell.task].network, precision.dtype(cell)
+    of_text = {"streams": streams or cell.batch_size, "axis_name": axis_name, "dtype": dtype}
     if cell.cell == NGRAM:
-        return language.FeedForwardLanguageModel(
-            data.inputs, cell.units[0], cell.units[0], streams=streams or cell.batch_size, axis_name=axis_name
-        )
+        return language.FeedForwardLanguageModel(data.inputs, cell.units[0], cell.units[0], **of_text)
     kind, options = KINDS[cell.cell]
     if kind == "lstm":
         options = options | {"forget_bias": cell.forget_bias}
@@ -213,12 +214,11 @@ def network_of(cell: SequenceCell, data: Loaded, axis_name: str | None = None, s
             cell.units[0],
             unit,
             cell.units,
-            streams=streams or cell.batch_size,
             dropout=cell.dropout,
             init_scale=cell.init_scale,
-            axis_name=axis_name,
+            **of_text,
         )
-    stack = sequence.Stack(unit, cell.units, use_bias=cell.use_bias, segment=cell.segment)
+    stack = sequence.Stack(unit, cell.units, use_bias=cell.use_bias, segment=cell.segment, dtype=dtype)
     return {"one": sequence.SequenceToOne, "each": sequence.SequenceToSequence}[shape](stack, data.outputs)
 
 
@@ -258,6 +258,7 @@ def summary_rows(run: Any) -> list[dict[str, Any]]:
     seconds = result.get("seconds") or {}
     return [
         {name: config[name] for name in _CONFIG}
+        | precision.column(config)
         | {"units": "+".join(map(str, config["units"])), "params": result.get("params"), "steps": result.get("steps")}
         | {"seed": seed}
         | {name: _at(result.get(name), number) for name in scores}

@@ -67,10 +67,13 @@ def propagation(model: Any) -> Callable[[Any, jax.Array, jax.Array], dict[str, l
 def _by_block(tree, reduce):
     """`reduce` of every leaf; of leaves stacked over blocks, of each block's part."""
 
+    def in_float32(x):
+        return reduce(x.astype(jnp.promote_types(x.dtype, jnp.float32)).ravel())
+
     def of_stage(name, leaves):
         if name.endswith("_rest"):
-            return jax.tree.map(jax.vmap(lambda x: reduce(x.ravel())), leaves)
-        return jax.tree.map(lambda x: reduce(x.ravel()), leaves)
+            return jax.tree.map(jax.vmap(in_float32), leaves)
+        return jax.tree.map(in_float32, leaves)
 
     return {name: of_stage(name, leaves) for name, leaves in tree.items()}
 

@@ -5,10 +5,13 @@ runs for as many steps as frames are asked for. That stack's layers stand in rev
 the most abstract state, is the forecaster's bottom one.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.models.head import head
 from research.models.recurrent import Cell, Recurrent
 from research.ops import patches
 
@@ -30,6 +33,7 @@ class EncoderForecaster(nn.Module):
         as one vector.
       patch: frames are folded by it, see `research.ops.patches.fold`.
       segment: see `research.ops.recurrence.recur`.
+      dtype: of the recurrent layers, see `Recurrent`; logits are float32.
 
     Source: Shi et al. 2015, "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting",
     section 3.2 and Figure 3; FC-LSTM: Srivastava et al. 2015.
@@ -41,6 +45,7 @@ class EncoderForecaster(nn.Module):
     kernels: tuple[int, int] | None = None
     patch: int = 1
     segment: int | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -56,8 +61,9 @@ class EncoderForecaster(nn.Module):
             _, y = self._layer(f"forecaster{number}", n)(y, carries[number - 1], time=self.horizon)
             states.append(y)
         y = jnp.concatenate(states, axis=-1) if self.kernels else y
-        y = nn.Dense(outputs, name="prediction")(y)  # on a map this is the 1x1 convolution
+        y = head(outputs, self.dtype, name="prediction")(y)  # on a map this is the 1x1 convolution
         return patches.unfold(y.reshape(x.shape[0], self.horizon, *folded.shape[2:]), self.patch)
 
     def _layer(self, name, features):
-        return Recurrent(self.cell, features, kernels=self.kernels, segment=self.segment, name=name)
+        options = {"kernels": self.kernels, "segment": self.segment, "dtype": self.dtype}
+        return Recurrent(self.cell, features, **options, name=name)

@@ -7,6 +7,7 @@ that draw.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,17 @@ from research.ops import dropout, shortcuts
 
 
 class Join(nn.Module):
-    """What every kind is told: whether this is training, and over which mapped axis the batch is split."""
+    """What every kind is told.
+
+    Attributes:
+      train: whether this is training.
+      axis_name: the mapped axis over which the batch is split.
+      dtype: of layers, see `research.models.resnet.ResNet`.
+    """
 
     train: bool
     axis_name: str | None = None
+    dtype: Any = None
 
 
 class Add(Join):
@@ -60,7 +68,7 @@ class Gate(Join):
     def __call__(self, x: jax.Array, shortcut: jax.Array, branch: jax.Array, key: jax.Array | None) -> jax.Array:
         stride = -(-x.shape[1] // shortcut.shape[1])
         layer = Convolution(shortcut.shape[-1], kernel=1, stride=stride).layer(
-            "gate", use_bias=True, bias_init=nn.initializers.constant(self.bias)
+            "gate", use_bias=True, bias_init=nn.initializers.constant(self.bias), dtype=self.dtype
         )
         gate = nn.sigmoid(layer(x))
         return (shortcuts.exclusive_gating if self.exclusive else shortcuts.shortcut_only_gating)(

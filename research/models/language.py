@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from research.models.head import head
 from research.models.recurrent import Cell, Recurrent
 from research.ops.dropout import keep_mask
 
@@ -91,6 +92,7 @@ class RecurrentLanguageModel(nn.Module):
       init_scale: s, to draw every parameter from U(-s, s) (the paper: 0.1, 0.05 and 0.04); None for E ~ N(0, 1 /
         embedding), LeCun's normal V, c = 0 and the cell's own.
       axis_name: mapped axis over which the batch is split.
+      dtype: of the recurrent layers, see `Recurrent`; the embedding, the state carried on and the logits are float32.
 
     Source: Zaremba et al. 2014, "Recurrent Neural Network Regularization", sections 3.1 and 4.1. The forget gate's
     extra bias, 0 in the paper's code, is the cell's.
@@ -104,6 +106,7 @@ class RecurrentLanguageModel(nn.Module):
     dropout: float = 0.0
     init_scale: float | None = None
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, first: jax.Array, *, train: bool) -> jax.Array:
@@ -112,10 +115,10 @@ class RecurrentLanguageModel(nn.Module):
         carried = Carried(self._initial, self.streams, self.axis_name, name="text")
         x, last = nn.Embed(self.vocabulary, self.embedding, name="embedding")(tokens), []
         for number, (n, carry) in enumerate(zip(self.features, carried.before(first), strict=True), start=1):
-            carry, x = Recurrent(self.cell, n, name=f"layer{number}")(self._drop(x, train), carry)
+            carry, x = Recurrent(self.cell, n, dtype=self.dtype, name=f"layer{number}")(self._drop(x, train), carry)
             last.append(carry)
         carried.keep(tuple(last))
-        logits = nn.Dense(self.vocabulary, name="head")(self._drop(x, train))
+        logits = head(self.vocabulary, self.dtype, name="head")(self._drop(x, train))
         if self.init_scale is not None and self.is_initializing():
             self._draw_uniform()
         return logits
@@ -155,6 +158,7 @@ class FeedForwardLanguageModel(nn.Module):
       context: tokens that are read, at least 1.
       activation: act.
       axis_name: mapped axis over which the batch is split.
+      dtype: of the hidden layer and the operands of products; None for float32, which embedding and logits always are.
     """
 
     vocabulary: int
@@ -164,6 +168,7 @@ class FeedForwardLanguageModel(nn.Module):
     context: int = 3
     activation: Callable[[jax.Array], jax.Array] = nn.sigmoid
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, first: jax.Array, *, train: bool) -> jax.Array:
@@ -178,8 +183,9 @@ class FeedForwardLanguageModel(nn.Module):
         embedded = nn.Embed(self.vocabulary, self.embedding, name="embedding")(jnp.maximum(tokens, 0))
         embedded = jnp.where(tokens[..., None] < 0, 0, embedded)
         newest_first = [embedded[:, place : place + time] for place in reversed(range(self.context))]
-        h = self.activation(nn.Dense(self.hidden, name="hidden")(jnp.concatenate(newest_first, axis=-1)))
-        return nn.Dense(self.vocabulary, name="head")(h)
+        layer = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")
+        h = self.activation(layer(jnp.concatenate(newest_first, axis=-1)))
+        return head(self.vocabulary, self.dtype, name="head")(h)
 
     def _initial(self, streams):
         return jnp.full((streams, self.context - 1), -1, jnp.int32)

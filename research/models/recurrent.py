@@ -148,6 +148,9 @@ class Recurrent(nn.Module):
       use_bias: whether pre-activations have a bias.
       reverse: walks from the last time to the first.
       segment: see `research.ops.recurrence.recur`.
+      dtype: of activations and of the operands of products, such as bfloat16; None for that of x and the weights. The
+        state is carried and the step computed in float32 all the same: the constant error carousel, c of an LSTM and h
+        of a GRU, is a sum of many small terms, and what is below 1/256 of a bfloat16 sum is lost from it.
     """
 
     cell: Cell
@@ -156,6 +159,7 @@ class Recurrent(nn.Module):
     use_bias: bool = True
     reverse: bool = False
     segment: int | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -168,6 +172,8 @@ class Recurrent(nn.Module):
         time: int | None = None,
     ) -> tuple[Any, jax.Array]:
         """The last carry, and outputs `[batch, time, ..., n]` of x `[batch, time, ..., features]`.
+
+        With a `dtype` outputs are of that type, and the carry float32.
 
         Args:
           x: the sequence; `...` is nothing, or height and width. None for none, as in a decoder: W is not there then.
@@ -193,18 +199,20 @@ class Recurrent(nn.Module):
         if carry is None:
             dtype = jnp.result_type(x, kernel)
             carry = jax.tree.map(lambda leaf: leaf.astype(dtype), cell.initial(x.shape[0], *positions, n))
+        if self.dtype is not None:
+            x, product = None if x is None else x.astype(self.dtype), _rounded(product, self.dtype)
         options = {"hidden": cell.hidden, "product": product, "kernel_inside": cell.kernel_inside}
         step = partial(cell.step, product=product) if cell.kernel_inside else cell.step
         if x is None:
             own, step = (bias, own), _without_input(step, cell)
             a = jnp.zeros((time, len(cell.hidden(carry)), 0), bias.dtype)
         elif self.kernels is None and x.shape[-1] <= _FEW_INPUTS:
-            own, step = (kernel, bias, own), _with_products(cell)
+            own, step = (kernel, bias, own), _with_products(step, cell, product)
             a, options["kernel_inside"] = jnp.swapaxes(x, 0, 1), True
         else:
             x = jnp.swapaxes(x, 0, 1)
             a = product(x.reshape(-1, *x.shape[2:]), kernel) + bias  # of all times as of one large batch
-            a = a.reshape(*x.shape[:2], *a.shape[1:])
+            a = a.reshape(*x.shape[:2], *a.shape[1:]).astype(self.dtype or a.dtype)
         carry, outputs = recurrence.recur(
             step,
             inner,
@@ -218,18 +226,30 @@ class Recurrent(nn.Module):
             nudge=None if nudge is None else jnp.swapaxes(nudge, 0, 1),
             **options,
         )
-        return carry, jnp.swapaxes(outputs, 0, 1)
+        return carry, jnp.swapaxes(outputs, 0, 1).astype(self.dtype or outputs.dtype)
 
 
-def _with_products(cell):
+def _rounded(product, dtype):
+    """`(h, U) -> h U` with both operands rounded to `dtype`, put out in the type of h.
+
+    U comes in float32, so that where its gradient is a sum over a loop's steps, it is one of float32.
+    """
+
+    def rounded(h, kernel):
+        return product(h.astype(dtype), kernel.astype(dtype)).astype(h.dtype)
+
+    return rounded
+
+
+def _with_products(step, cell, product):
     """The cell's step with both products made inside: `(carry, x, U, (W, b, own weights)) -> carry`."""
 
-    def step(carry, x, inner, weights):
+    def both(carry, x, inner, weights):
         kernel, bias, own = weights
-        a = x @ kernel + bias
-        return cell.step(carry, a, inner if cell.kernel_inside else cell.hidden(carry) @ inner, own)
+        a = product(x, kernel) + bias
+        return step(carry, a, inner if cell.kernel_inside else product(cell.hidden(carry), inner), own)
 
-    return step
+    return both
 
 
 def _without_input(step, cell):

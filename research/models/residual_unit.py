@@ -8,7 +8,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import linen as nn
@@ -73,6 +73,7 @@ class ResidualUnit(nn.Module):
       projection_kernel: its height and width in pixels.
       squeeze_ratio: r of squeeze-and-excitation at the end of the branch; 0 for none.
       activated: x has gone through the first activation already (the network's first unit).
+      dtype: of convolutions and activations, see `research.models.resnet.ResNet`.
     """
 
     convolutions: tuple[Convolution, ...]
@@ -84,6 +85,7 @@ class ResidualUnit(nn.Module):
     projection_kernel: int = 1
     squeeze_ratio: int = 0
     activated: bool = False
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> tuple[jax.Array, None]:
@@ -97,7 +99,7 @@ class ResidualUnit(nn.Module):
             branch = self._activate(place.before, x, numbers)
         split = branch if self._changes_shape(x) else x
         for number, row in enumerate(self.convolutions, start=1):
-            branch = row.layer(f"conv{number}")(branch)
+            branch = row.layer(f"conv{number}", dtype=self.dtype)(branch)
             last = number == len(self.convolutions)
             activations = place.last if last else place.between
             if place.normalises_after_convolution and activations.startswith("n"):
@@ -107,7 +109,7 @@ class ResidualUnit(nn.Module):
             if not last:
                 branch = self._probe(f"activation{number}", branch)
         if self.squeeze_ratio:
-            branch = SqueezeExcitation(self.squeeze_ratio, name="squeeze_excitation")(branch)
+            branch = SqueezeExcitation(self.squeeze_ratio, self.dtype, name="squeeze_excitation")(branch)
         branch = self._probe("branch", branch)
         y = self.join(name="join")(split, self._shortcut(split), branch, key) if self.residual else branch
         return self._probe("output", self._activate(place.after, y, numbers)), None
@@ -130,7 +132,8 @@ class ResidualUnit(nn.Module):
 
     def _shortcut(self, x):
         if self.option == "C" or (self.option == "B" and self._changes_shape(x)):
-            x = Convolution(self._features, self.projection_kernel, self._stride).layer("projection")(x)
+            row = Convolution(self._features, self.projection_kernel, self._stride)
+            x = row.layer("projection", dtype=self.dtype)(x)
             return self.norm(name="projection_norm")(x) if self.placement.normalises_after_convolution else x
         if self._changes_shape(x):
             return shortcuts.subsample_and_pad(x, self._features, (self._stride, self._stride))
@@ -151,14 +154,16 @@ class SqueezeExcitation(nn.Module):
 
     Attributes:
       ratio: r, by which the hidden layer is narrower.
+      dtype: of both layers; None for that of u and the weights.
     """
 
     ratio: int
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, u: jax.Array) -> jax.Array:
-        channels = u.shape[-1]
+        channels, options = u.shape[-1], {"kernel_init": initializers.he_normal, "dtype": self.dtype}
         z = u.mean(axis=(1, 2))
-        z = nn.relu(nn.Dense(channels // self.ratio, kernel_init=initializers.he_normal, name="squeeze")(z))
-        s = nn.sigmoid(nn.Dense(channels, kernel_init=initializers.he_normal, name="excite")(z))
+        z = nn.relu(nn.Dense(channels // self.ratio, name="squeeze", **options)(z))
+        s = nn.sigmoid(nn.Dense(channels, name="excite", **options)(z))
         return u * s[:, None, None, :]

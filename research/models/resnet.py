@@ -19,10 +19,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from research.models import repeat
 from research.models.convolution import Convolution
+from research.models.head import head
 from research.models.joins import JOINS, Join
 from research.models.residual_unit import PLACEMENTS, ResidualUnit
 from research.ops import dropout, initializers, pooling
@@ -60,6 +62,8 @@ class ResNet(nn.Module):
       head_dropout: probability with which a feature is dropped before the classifier in training.
       remat: compute units again in the backward pass, all but each stage's first (`research.models.repeat`).
       axis_name: the mapped axis over which BatchNorm takes its means; None on one device and under `jit`.
+      dtype: of activations and of the operands of products, such as bfloat16; None for that of x and the parameters,
+        which are float32 always, as are BatchNorm's statistics, the pooled features and the logits.
     """
 
     stem: tuple[Convolution, ...]
@@ -75,6 +79,7 @@ class ResNet(nn.Module):
     head_dropout: float = 0.0
     remat: bool = False
     axis_name: str | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -82,7 +87,8 @@ class ResNet(nn.Module):
         norm, keys = self._norm(train), self._keys()
         for number, row in enumerate(self.stem, start=1):
             suffix = "" if number == 1 else str(number)
-            x = nn.relu(norm(name=f"stem_norm{suffix}")(row.layer(f"stem_conv{suffix}")(x)))
+            x = row.layer(f"stem_conv{suffix}", dtype=self.dtype)(x)
+            x = nn.relu(norm(name=f"stem_norm{suffix}")(x))
         if self.pool:
             x = pooling.max_pool(x, window=3, stride=2, padding=1)
         for number, stage in enumerate(self.stages, start=1):
@@ -92,11 +98,11 @@ class ResNet(nn.Module):
                 x = self._rest(number, train, x, keys and keys[number][1:])
         for kind in PLACEMENTS[self.placement].final:
             x = nn.relu(x) if kind == "r" else norm(name="final_norm")(x)
-        x = x.mean(axis=(1, 2))
+        x = x.mean(axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         if train and self.head_dropout and not self.is_initializing():
             keep = dropout.keep_mask(keys[0], x.shape, rate=self.head_dropout, axis_name=self.axis_name)
             x = x * keep / (1 - self.head_dropout)
-        return nn.Dense(self.num_classes, kernel_init=initializers.he_normal, name="head")(x)
+        return head(self.num_classes, self.dtype, kernel_init=initializers.he_normal, name="head")(x)
 
     def _keys(self):
         """The classifier's key, then the keys of each stage's units; None where nothing is drawn."""
@@ -106,9 +112,8 @@ class ResNet(nn.Module):
         return [head, *(jax.random.split(key, stage.units) for key, stage in zip(stages, self.stages, strict=True))]
 
     def _norm(self, train):
-        return partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=self.axis_name
-        )
+        options = {"momentum": 0.9, "epsilon": 1e-5, "axis_name": self.axis_name, "dtype": self.dtype}
+        return partial(nn.BatchNorm, use_running_average=not train, **options)
 
     def unit_arguments(self, stage: int, *, first: bool, train: bool) -> dict[str, Any]:
         """What the first unit of a stage (counted from 1), or each of the others, is constructed with."""
@@ -118,11 +123,12 @@ class ResNet(nn.Module):
             "residual": self.residual,
             "placement": PLACEMENTS[self.placement],
             "norm": self._norm(train),
-            "join": partial(self.join, train=train, axis_name=self.axis_name),
+            "join": partial(self.join, train=train, axis_name=self.axis_name, dtype=self.dtype),
             "option": self.option,
             "projection_kernel": self.projection_kernel if first and stage > 1 else 1,
             "squeeze_ratio": self.squeeze_ratio,
             "activated": first and stage == 1,
+            "dtype": self.dtype,
         }
 
     def _rest(self, stage, train, x, keys):

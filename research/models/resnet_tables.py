@@ -6,6 +6,7 @@ et al. 2016; see `research.models.resnet`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from research.errors import UsageError
 from research.models.convolution import Convolution
@@ -39,6 +40,7 @@ def cifar_resnet(
     option: str = "auto",
     remat: bool = False,
     axis_name: str | None = None,
+    dtype: Any = None,
 ) -> ResNet:
     """The CIFAR networks: three stages of n units at full, half and quarter resolution, the width doubled each time.
 
@@ -58,7 +60,7 @@ def cifar_resnet(
       option: shortcut (R1, section 3.3): A zero channels where the width grows, B a projection there, C a projection in
         every unit; auto is A, but B for bottlenecks, whose first unit widens already.
       remat: see `ResNet`.
-      axis_name: see `ResNet`.
+      axis_name, dtype: see `ResNet`.
 
     Raises:
       UsageError: there is no such network.
@@ -88,6 +90,7 @@ def cifar_resnet(
         option=("B" if unit == "bottleneck" else "A") if option == "auto" else option,
         remat=remat,
         axis_name=axis_name,
+        dtype=dtype,
     )
 
 
@@ -115,6 +118,7 @@ def imagenet_resnet(
     squeeze_ratio: int = 0,
     remat: bool = False,
     axis_name: str | None = None,
+    dtype: Any = None,
 ) -> ResNet:
     """The ImageNet networks, plain, residual (v1), pre-activation (v2), ResNeXt and SE-ResNet.
 
@@ -134,7 +138,7 @@ def imagenet_resnet(
       group_width: channels of a group in the first stage.
       squeeze_ratio: r of squeeze-and-excitation, 0 for none.
       remat: see `ResNet`.
-      axis_name: see `ResNet`.
+      axis_name, dtype: see `ResNet`.
 
     Raises:
       UsageError: there is no such network.
@@ -169,10 +173,11 @@ def imagenet_resnet(
         squeeze_ratio=squeeze_ratio,
         remat=remat,
         axis_name=axis_name,
+        dtype=dtype,
     )
 
 
-def senet154(num_classes: int = 1000, remat: bool = False, axis_name: str | None = None) -> ResNet:
+def senet154(num_classes: int = 1000, remat: bool = False, axis_name: str | None = None, dtype: Any = None) -> ResNet:
     """SENet-154: ResNeXt-152 64x4d with a stem of three 3x3, wider groups, halved first 1x1, 3x3 projections, SE.
 
     Source: Hu et al. 2018, section 6.6 and appendix; the stage table as in the authors' released network.
@@ -180,7 +185,7 @@ def senet154(num_classes: int = 1000, remat: bool = False, axis_name: str | None
     Args:
       num_classes: outputs.
       remat: see `ResNet`.
-      axis_name: see `ResNet`.
+      axis_name, dtype: see `ResNet`.
     """
 
     def convolutions(width, stride):
@@ -199,6 +204,7 @@ def senet154(num_classes: int = 1000, remat: bool = False, axis_name: str | None
         head_dropout=0.2,
         remat=remat,
         axis_name=axis_name,
+        dtype=dtype,
     )
 
 

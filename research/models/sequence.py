@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from research.models.head import head
 from research.models.recurrent import Cell, Recurrent
 
 DEPTHS = ("stacked", "transition", "skip")
@@ -29,7 +30,7 @@ class Stack(nn.Module):
       features: units of each layer; of a bidirectional one in each direction.
       depth: one of `DEPTHS`.
       bidirectional: every layer reads both ways, and its output holds both hidden states.
-      use_bias, segment: of `Recurrent`.
+      use_bias, segment, dtype: of `Recurrent`.
     """
 
     cell: Cell
@@ -38,6 +39,7 @@ class Stack(nn.Module):
     bidirectional: bool = False
     use_bias: bool = True
     segment: int | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(
@@ -60,7 +62,7 @@ class Stack(nn.Module):
             if self.depth == "skip" and number > 1:
                 x = jnp.concatenate([x, bottom], axis=-1)
             if self.depth == "transition":
-                x = jnp.tanh(nn.Dense(n, name=f"transition{number}")(x))
+                x = jnp.tanh(nn.Dense(n, dtype=self.dtype, name=f"transition{number}")(x))
             outputs = []
             for reverse in (False, True)[: 1 + self.bidirectional]:
                 layer = Recurrent(
@@ -69,6 +71,7 @@ class Stack(nn.Module):
                     use_bias=self.use_bias,
                     reverse=reverse,
                     segment=self.segment,
+                    dtype=self.dtype,
                     name=f"layer{number}{'_reverse' if reverse else ''}",
                 )
                 carry, y = layer(x, None if carries is None else carries[number - 1], mask, starts)
@@ -100,7 +103,7 @@ class SequenceToSequence(nn.Module):
     ) -> jax.Array:
         """Outputs `[batch, time, outputs]` of x `[batch, time, inputs]`; mask and starts as in `Stack`."""
         _, states = self.stack(x, None, mask, starts)
-        return nn.Dense(self.outputs, name="head")(states)
+        return head(self.outputs, self.stack.dtype, name="head")(states)
 
 
 class SequenceToOne(nn.Module):
@@ -120,7 +123,7 @@ class SequenceToOne(nn.Module):
         carries, _ = self.stack(x, None, mask)
         directions = 1 + self.stack.bidirectional
         top = [self.stack.cell.hidden(carry) for carry in carries[-directions:]]
-        return nn.Dense(self.outputs, name="head")(jnp.concatenate(top, axis=-1))
+        return head(self.outputs, self.stack.dtype, name="head")(jnp.concatenate(top, axis=-1))
 
 
 class OneToSequence(nn.Module):
@@ -145,7 +148,7 @@ class OneToSequence(nn.Module):
         before = jnp.pad(targets[:, :-1], ((0, 0), (1, 0), (0, 0)))
         context = jnp.broadcast_to(x[:, None], (*before.shape[:2], x.shape[-1]))
         _, states = self.stack(jnp.concatenate([context, before], axis=-1))
-        return nn.Dense(self.outputs, name="head")(states)
+        return head(self.outputs, self.stack.dtype, name="head")(states)
 
 
 class OutputRecurrence(nn.Module):
