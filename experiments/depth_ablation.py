@@ -16,10 +16,10 @@ epochs, the learning rate dropped at the same fractions of the run.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments import images, precision
-from experiments.depth_report import report
 from experiments.runner import Experiment, main, option
 
 # What a data set is trained with unless flags say otherwise: sized for minutes (CIFAR-10: an hour) on two cores.
@@ -82,6 +82,13 @@ def network_of(cell: Cell, **options: Any) -> Any:
     from research.models import cifar_resnet
 
     return cifar_resnet(cell.depth, cell.block, cell.width, dtype=precision.dtype(cell), **options)
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """See `experiments.depth_report`, which is imported late: a training need not wait for a drawing library."""
+    from experiments import depth_report
+
+    depth_report.report(workdir, names)
 
 
 EXPERIMENT = Experiment(

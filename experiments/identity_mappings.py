@@ -17,10 +17,10 @@ The report lists what else differs in the runs at hand.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments import images, precision
-from experiments.identity_report import report
 from experiments.identity_tables import TABLE1, TABLE2, TABLE2_NETWORKS, TABLE3, TABLE3_NETWORKS, VARIANTS
 from experiments.runner import Experiment, main, option
 from research.errors import UsageError
@@ -116,6 +116,14 @@ _RECIPE = {
     "evaluations": 64,
     "steps_per_call": 100,
 }
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """See `experiments.identity_report`, which is imported late: a training need not wait for a drawing library."""
+    from experiments import identity_report
+
+    identity_report.report(workdir, names)
+
 
 EXPERIMENT = Experiment(
     name="identity_mappings",

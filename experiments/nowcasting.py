@@ -17,11 +17,11 @@ here TV-L1.
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments import nowcasting_data, training
 from experiments.nowcasting_cells import BASELINES, Config, NowcastCell, cells, layers_of, network_of
-from experiments.nowcasting_report import report
 from experiments.runner import Experiment, main
 from research.errors import CarouselError, UsageError
 
@@ -199,6 +199,14 @@ _RADAR = {
     "epochs": 20,
     "evaluations": 20,
 }
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """See `experiments.nowcasting_report`, which is imported late: a training need not wait for a drawing library."""
+    from experiments import nowcasting_report
+
+    nowcasting_report.report(workdir, names)
+
 
 EXPERIMENT = Experiment(
     name="nowcasting",

@@ -15,10 +15,10 @@ Differences from the papers: the report lists them with its 'paper | here' table
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments import sequences
-from experiments.recurrence_report import report
 from experiments.runner import Experiment, main, option
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS
@@ -110,6 +110,14 @@ _ZAREMBA = {
     "seeds": (0,),
     "evaluations": 55,
 }
+
+
+def report(workdir: Path, names: list[str]) -> None:
+    """See `experiments.recurrence_report`, which is imported late: a training need not wait for a drawing library."""
+    from experiments import recurrence_report
+
+    recurrence_report.report(workdir, names)
+
 
 EXPERIMENT = Experiment(
     name="recurrence_ablation",

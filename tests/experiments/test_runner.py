@@ -392,3 +392,16 @@ def test_the_number_of_threads_is_set_for_those_who_call_python_themselves(comma
     ]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("NPROC") and int(done.stdout.split()[1]) >= 16, done.stderr
+
+
+def test_starting_loads_neither_jax_nor_a_drawing_library(commands):
+    """What `--help` and a refused request need not wait for, and a training not before its first step."""
+    names = [path.stem for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT =" in path.read_text()]
+    assert "depth_ablation" in names and "benchmark" in names
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'experiments.{name}')\n"
+        "print([name for name in ('jax', 'flax', 'matplotlib', 'torch') if name in sys.modules])"
+    )
+    done = commands.script(script, *names)
+    assert done.stdout == "[]\n", done.stderr
