@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from research.analysis import operations
 
@@ -87,3 +88,19 @@ def relative():
         return np.abs(got - expected).max() / np.abs(expected).max()
 
     return error
+
+
+def _operands(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield tuple(variable.aval.dtype.name for variable in equation.invars[:2])
+        for value in equation.params.values():
+            for one in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(one, ClosedJaxpr | Jaxpr):
+                    yield from _operands(getattr(one, "jaxpr", one))
+
+
+@pytest.fixture
+def operands():
+    """`(function, *arguments) -> names of the types of both operands`, of each product and convolution in it."""
+    return lambda function, *arguments: list(_operands(jax.make_jaxpr(function)(*arguments).jaxpr))
