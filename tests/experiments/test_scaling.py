@@ -122,8 +122,8 @@ def test_a_process_that_ends_is_one_line_and_one_that_is_left_is_ended(process):
         pid = worker._process.pid
         worker.found()
         os.kill(pid, signal.SIGKILL)
+        worker._process.wait()  # so that writing to it fails too
         with pytest.raises(CarouselError, match=r"ended with -9 \(.*\); too little memory\?: leave that value out"):
-            worker.call()
             worker.call()
     with process(devices=1) as worker:
         pid = worker._process.pid
@@ -225,6 +225,9 @@ def test_other_losses_are_not_compared_and_a_request_to_stop_is_heard(monkeypatc
     check_equal_work({"1": facts(), "4": facts(first_losses=[2.0001, 1.0])})
     with pytest.raises(Interrupted, match="the same command measures it again"):
         run_with(monkeypatch, tmp_path, {1: facts(), 2: facts()}, stop=lambda: True)
+    asked = iter([False, False, True])  # when each process has been built, and after the first round
+    with pytest.raises(Interrupted):
+        run_with(monkeypatch, tmp_path, {1: facts(), 2: facts()}, stop=lambda: next(asked))
 
 
 # The report, from run folders made by hand
@@ -248,12 +251,13 @@ def test_points_by_hand():
     assert (shallow.reference, deep.reference) == (16.0, pytest.approx(16 / 3))  # three times the work
     assert (shallow.gigaflops_a_second, deep.gigaflops_a_second) == (pytest.approx(12.0), pytest.approx(9.0))
     assert (shallow.bytes, deep.bytes) == (4 * MIB, 12 * MIB)
-    two, eight = points(
+    # As result.json has them, sorted by name.
+    two, many = points(
         "devices",
-        {"rounds": [{"2": 1.0, "8": 0.5}], "points": {"8": facts(devices=8), "2": facts(devices=2, threads=8)}},
+        {"rounds": [{"16": 0.5, "2": 1.0}], "points": {"16": facts(devices=16), "2": facts(devices=2, threads=8)}},
     )
-    assert (two.examples_a_second, two.reference, eight.examples_a_second, eight.reference) == (8.0, 8.0, 16.0, 32.0)
-    assert (two.threads, eight.devices) == (8, 8)
+    assert (two.examples_a_second, two.reference, many.examples_a_second, many.reference) == (8.0, 8.0, 16.0, 64.0)
+    assert (two.threads, many.devices) == (8, 16)
     # Where no round counts, all do.
     noisy = {"rounds": [{"1": 1.0, "2": 9.0}, {"1": 9.0, "2": 1.0}], "points": {"1": facts(), "2": facts(devices=2)}}
     assert [point.seconds_a_step for point in points("devices", noisy)] == [5.0, 5.0]
