@@ -1,4 +1,4 @@
-"""The speed of training steps and inference: ours, the same networks in PyTorch, and in stock Flax layers.
+"""The speed of training steps and inference: ours, the same networks in PyTorch, and in stock Flax layers; and jobs.
 
 All sides of a workload run in one process, in turn, round after round, each on all cores; a round in which a side
 falls below half its own best speed is repeated. What is compared is medians of seconds a step, and the median over
@@ -15,7 +15,9 @@ faster counts. PyTorch starts from our weights, and its first result has to be o
 own gradient, unrolled, and `nn.RNN`; it has no ConvLSTM with peepholes ('-'). Language models run without dropout and
 begin every window with zeros.
 
-Not measured: time from start to the first step, whole jobs, and anything but float32 on the CPU.
+Besides steps, what users wait for: `experiments.benchmark_jobs`. `--jobs=` leaves that out, `--workloads=` the rest.
+
+Not measured: anything but float32 on the CPU.
 """
 
 import dataclasses
@@ -27,10 +29,12 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from experiments import benchmark_jobs
 from experiments import benchmark_timing as timing
+from experiments.benchmark_jobs import JOBS, Job
 from experiments.benchmark_report import MODES, WORKLOADS, report, summary
 from experiments.runner import Experiment, main, option
-from research.errors import CarouselError, Interrupted
+from research.errors import CarouselError, Interrupted, UsageError
 
 PEERS = ("torch", "flax")
 _PASSES = {"train": 3, "inference": 1}
@@ -42,11 +46,13 @@ _TOLERANCE = 1e-2
 class Config:
     """The flags."""
 
-    workloads: tuple[str, ...] = option(tuple(WORKLOADS), "What to run.", choices=tuple(WORKLOADS))
+    workloads: tuple[str, ...] = option(tuple(WORKLOADS), "What to run.", choices=tuple(WORKLOADS), may_be_empty=True)
     modes: tuple[str, ...] = option(MODES, "A training step, a forward pass.", choices=MODES)
     peers: tuple[str, ...] | None = option(None, "What to compare with (default: all that is there).", choices=PEERS)
     compile: bool = option(False, "PyTorch by torch.compile as well; takes minutes and a C++ compiler.")
+    jobs: tuple[str, ...] = option(JOBS, "What users wait for besides steps.", choices=JOBS, may_be_empty=True)
     rounds: int = option(5, "Rounds that count.", minimum=1)
+    job_rounds: int = option(3, "Rounds of a job that count.", minimum=1)
     seconds: float = option(1.0, "Each side runs at least so long a round.", minimum=0)
     repeats: int = option(5, "Disturbed rounds that are made up for, at most.", minimum=0)
     steps_per_call: int = option(5, "Training steps of our compiled stretch.", minimum=1)
@@ -76,19 +82,26 @@ class Cell:
         return f"{'tiny-' if self.tiny else ''}{self.workload}-{self.mode}"
 
 
-def cells(config: Config) -> list[Cell]:
-    """The grid: workloads x modes. Says so where PyTorch is left out because it is not there."""
+def cells(config: Config) -> list[Cell | Job]:
+    """The grid: workloads x modes, then jobs. Says so where PyTorch is left out because it is not there.
+
+    Raises:
+      UsageError: it is empty.
+    """
+    if not (config.workloads or config.jobs):
+        raise UsageError("--workloads= --jobs= leaves nothing to measure: give one of them a value")
     peers = config.peers
     if peers is None:
         peers = tuple(peer for peer in PEERS if peer != "torch" or has_torch())
         if "torch" not in peers:
             print(f"note: PyTorch is not installed and left out ({_INSTALL})", file=sys.stderr)
-    same = {name: value for name, value in vars(config).items() if name not in ("workloads", "modes", "peers")}
+    chosen = ("workloads", "modes", "peers", "jobs", "job_rounds")
+    same = {name: value for name, value in vars(config).items() if name not in chosen}
     return [
         Cell(workload=workload, mode=mode, peers=peers, **same)
         for workload in config.workloads
         for mode in config.modes
-    ]
+    ] + benchmark_jobs.jobs(config, torch="torch" in peers)
 
 
 _INSTALL = "CAROUSEL_EXTRAS=test,dev,bench launch/run install"
@@ -99,20 +112,23 @@ def has_torch() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def check(cell: Cell) -> None:
+def check(cell: Cell | Job) -> None:
     """Whether the cell's peers can run.
 
     Raises:
       CarouselError: PyTorch, or the compiler that torch.compile needs, is not there.
     """
-    if "torch" in cell.peers and not has_torch():
+    torch = cell.torch if isinstance(cell, Job) else "torch" in cell.peers
+    if torch and not has_torch():
         raise CarouselError(f"--peers=torch needs PyTorch: {_INSTALL}, or leave it out")
-    if cell.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if isinstance(cell, Cell) and cell.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise CarouselError("--compile needs a C++ compiler (g++) on the PATH: install one, or leave it out")
 
 
-def run(cell: Cell, context: Any) -> Mapping[str, Any]:
-    """Builds the sides, holds their first results against each other, times them in turn."""
+def run(cell: Cell | Job, context: Any) -> Mapping[str, Any]:
+    """Builds the sides, holds their first results against each other, times them in turn; a job's processes."""
+    if isinstance(cell, Job):
+        return benchmark_jobs.run(cell, context)
     from experiments import benchmark_workloads as workloads
     from research.training import environment
 
@@ -221,7 +237,8 @@ EXPERIMENT = Experiment(
     run=run,
     report=report,
     check=check,
-    smoke={"tiny": True, "rounds": 2, "seconds": 0.0, "repeats": 0, "steps_per_call": 2, "peak_size": 128},
+    smoke={"tiny": True, "rounds": 2, "job_rounds": 1, "seconds": 0.0, "repeats": 0}
+    | {"steps_per_call": 2, "peak_size": 128},
 )
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the benchmark's rounds say: a table, `summary.csv`, a figure of ratios."""
+"""What the benchmark's rounds say: a table, `summary.csv`, a figure of ratios; of jobs a table and `jobs.csv`."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import benchmark_job_report
 from experiments import benchmark_timing as timing
+from experiments.benchmark_jobs import JOBS
 
 # Names of `experiments.benchmark_workloads`, which imports JAX, and what tables call them; a test holds them together.
 WORKLOADS = {
@@ -42,13 +44,24 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(workdir: Path, names: list[str]) -> None:
-    """Writes `summary.csv` and the figure of ratios; prints the table."""
-    from research.analysis import benchmark_figures, figures, results, tables
+    """Prints the tables of workloads and of jobs, writes what they show."""
+    from research.analysis import results
 
-    runs = results.read_runs(workdir / "runs" / name for name in names)
+    runs, written = results.read_runs(workdir / "runs" / name for name in names), []
+    for is_job, write in ((False, _report_speed), (True, benchmark_job_report.report)):
+        asked = [name for name in names if (name.removeprefix("tiny-") in JOBS) == is_job]
+        if finished := [run for run in runs if ("job" in run.config) == is_job]:
+            written += write(workdir, finished, results.unfinished(asked, finished))
+    print(f"\nwritten: {', '.join(map(str, written))}")
+
+
+def _report_speed(workdir: Path, runs: Sequence[Any], unfinished: str) -> list[Path]:
+    """Writes `summary.csv` and the figure of ratios; prints the table."""
+    from research.analysis import benchmark_figures, figures, tables
+
     found = [(run, summary(run.result)) for run in runs]
     tables.write_csv(workdir / "summary.csv", [_columns(run, numbers) for run, numbers in found])
-    title = f"\nSpeed{results.unfinished(names, runs)}; ratios: how many times as fast ours is"
+    title = f"\nSpeed{unfinished}; ratios: how many times as fast ours is"
     print(tables.render(title, [_row(run, numbers) for run, numbers in found]))
     peaks = [run.result["peak_gigaflops_a_second"] for run in runs]
     print(f"peak: {statistics.median(peaks):.1f} GFLOP/s (a float32 matrix product in the same process)")
@@ -64,7 +77,7 @@ def report(workdir: Path, names: list[str]) -> None:
     if panels:
         figure = benchmark_figures.speed_ratios(panels, {"torch": "PyTorch", "flax": "stock Flax layers"})
         written += figures.save(figure, workdir / "figures" / "benchmark", figures.provenance(runs))
-    print(f"\nwritten: {', '.join(map(str, written))}")
+    return written
 
 
 def _numbers(run, numbers):

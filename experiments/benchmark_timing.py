@@ -8,6 +8,11 @@ from typing import Any, NamedTuple
 Round = Mapping[str, float]
 """Side -> seconds a step."""
 
+MOMENTUM, WEIGHT_DECAY, LEARNING_RATE = 0.9, 1e-4, 1e-4  # a rate at which hundreds of steps on noise stay finite
+
+READY = "carousel: ready"
+"""What a process says that has come as far as it is timed."""
+
 _VOID = 2.0  # a side that takes that many times its least time was disturbed
 
 
@@ -31,7 +36,7 @@ def measure(
     repeats: int,
     clock: Callable[[], float] = time.perf_counter,
     between: Callable[[], None] = lambda: None,
-) -> list[dict[str, float]]:
+) -> list[Round]:
     """Times every side once a round, A B C A B C ..., until `rounds` rounds count.
 
     A round in which a side falls below half of its own best speed does not count and is made up for by another, at most
@@ -48,10 +53,20 @@ def measure(
     Returns:
       All rounds, also those that do not count.
     """
-    found: list[dict[str, float]] = []
-    while len(counted(found)) < rounds and len(found) < rounds + repeats:
-        found.append({name: _lap(side, seconds, clock) for name, side in sides.items()})
+
+    def take():
+        found = {name: _lap(side, seconds, clock) for name, side in sides.items()}
         between()
+        return found
+
+    return until_counted(take, rounds, repeats)
+
+
+def until_counted(take: Callable[[], Round], rounds: int, repeats: int) -> list[Round]:
+    """Takes rounds until `rounds` of them count, at most `repeats` more; returns all."""
+    found: list[Round] = []
+    while len(counted(found)) < rounds and len(found) < rounds + repeats:
+        found.append(take())
     return found
 
 

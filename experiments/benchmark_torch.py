@@ -5,20 +5,23 @@ input-to-state convolution is one for all times. The networks are built from our
 that a test can hold their losses against ours. torch.nn.LSTM and GRU have biases for both products, so 4 and 2 numbers
 a unit more than ours.
 
-Needs torch (extra `[bench]`); nothing else in the repository imports it.
+Needs torch (extra `[bench]`); besides `experiments.benchmark_torch_start` nothing else in the repository imports it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.benchmark_timing import Side
-from experiments.benchmark_workloads import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Workload
-from research.models.resnet import unstack_blocks
+from experiments.benchmark_timing import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Side
+
+if TYPE_CHECKING:  # it imports JAX, without which `experiments.benchmark_torch_start` does
+    from experiments.benchmark_workloads import Workload
 
 Batch = dict[str, torch.Tensor]
 
@@ -84,7 +87,7 @@ class ResNet(Classifier):
         super().__init__()
         table, units = work.model(), []
         preactivation, width = table.placement == "full_preactivation", table.stem[0].features
-        self.stem_conv, self.stem_norm = _conv(3, table.stem[0]), nn.BatchNorm2d(width)
+        self.stem_conv, self.stem_norm = _conv(work.arrays["images"].shape[-1], table.stem[0]), nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if table.pool else nn.Identity()
         for stage in table.stages:
             for rows in [stage.convolutions] + [stage.rest] * (stage.units - 1):
@@ -100,6 +103,8 @@ class ResNet(Classifier):
         return self.head(x.mean((2, 3)))
 
     def load(self, params: Mapping[str, Any]) -> None:
+        from research.models.resnet import unstack_blocks
+
         _copy(self, {name: value for name, value in params.items() if not name.startswith("stage")})
         for unit, values in zip(self.units, unstack_blocks(params), strict=True):
             _copy(unit, values)

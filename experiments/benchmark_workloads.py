@@ -16,15 +16,13 @@ import jax
 import numpy as np
 import optax
 
-from experiments.benchmark_timing import Side
+from experiments.benchmark_timing import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, Side
 from research.analysis import operations
 from research.models import forecaster, language, lenet, recurrent, resnet_tables, sequence, stock
 from research.models.resnet import Stage
 from research.tasks import classification, nowcasting, sequences
 from research.tasks import language as language_task
 from research.training import optimizers, parallel, state, step
-
-MOMENTUM, WEIGHT_DECAY, LEARNING_RATE = 0.9, 1e-4, 1e-4  # a rate at which hundreds of steps on noise stay finite
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ def option(
     minimum: float | None = None,
     identity: bool = True,
     implied: bool = False,
+    may_be_empty: bool = False,
 ) -> Any:
     """A field of a Config or a cell.
 
@@ -38,9 +39,10 @@ def option(
       identity: False for what does not change a cell's result (where the data lies, how many devices).
       implied: left out of a cell's identity where it has its default: for a field that came later than runs without it,
         which are the same runs.
+      may_be_empty: of a tuple, as `--name=`.
     """
     metadata = {"help": help, "choices": choices, "minimum": minimum, "identity": identity, "implied": implied}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata | {"may_be_empty": may_be_empty})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _read(field: dataclasses.Field, value: Any) -> Any:
             read = tuple((int if "int" in str(field.type) else str)(part) for part in value)
         except ValueError:
             raise UsageError(f"{shown} is not a list of whole numbers: write --{field.name}=1,2,3") from None
-        if not read:
+        if not read and not field.metadata["may_be_empty"]:
             raise UsageError(f"{shown} is empty: give at least one value")
         if len(set(read)) < len(read):
             raise UsageError(f"{shown} names a value twice: give each once")

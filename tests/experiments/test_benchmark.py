@@ -34,9 +34,9 @@ def torch_side():
 
 def test_the_grid_is_workloads_times_modes():
     assert tuple(WORKLOADS) == workloads.NAMES
-    grid = cells(Config(peers=("flax",)))
+    grid = cells(Config(jobs=(), peers=("flax",)))
     assert [cell.name for cell in grid] == [f"{name}-{mode}" for name in WORKLOADS for mode in ("train", "inference")]
-    (cell,) = cells(Config(workloads=("lenet5",), modes=("train",), peers=("flax",), tiny=True, rounds=3))
+    (cell,) = cells(Config(jobs=(), workloads=("lenet5",), modes=("train",), peers=("flax",), tiny=True, rounds=3))
     assert (cell.name, cell.rounds, cell.peers) == ("tiny-lenet5-train", 3, ("flax",))
 
 
@@ -58,13 +58,13 @@ def test_what_cannot_be_measured_is_refused_in_one_line(refusal, tmp_path, flag,
 
 def test_a_missing_pytorch_is_left_out_with_a_note_unless_it_was_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "has_torch", lambda: True)
-    (cell,) = cells(Config(workloads=("lenet5",), modes=("train",)))
+    (cell,) = cells(Config(jobs=(), workloads=("lenet5",), modes=("train",)))
     assert cell.peers == ("torch", "flax") and capsys.readouterr().err == ""
     check(cell)
     monkeypatch.setattr(benchmark, "has_torch", lambda: False)
     with pytest.raises(CarouselError, match="CAROUSEL_EXTRAS=test,dev,bench launch/run install"):
         check(cell)
-    found = cells(Config())
+    found = cells(Config(jobs=()))
     assert {cell.peers for cell in found} == {("flax",)}
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("note: PyTorch is not installed") and "bench launch/run install" in line
@@ -72,7 +72,7 @@ def test_a_missing_pytorch_is_left_out_with_a_note_unless_it_was_asked_for(monke
 
 
 def test_compiling_needs_a_compiler(monkeypatch):
-    (cell,) = cells(Config(workloads=("lenet5",), modes=("train",), peers=("flax",), compile=True))
+    (cell,) = cells(Config(jobs=(), workloads=("lenet5",), modes=("train",), peers=("flax",), compile=True))
     monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
     with pytest.raises(CarouselError, match=r"needs a C\+\+ compiler"):
         check(cell)
@@ -291,7 +291,7 @@ def table(out):
 
 def test_a_whole_command(command, tmp_path, capsys, quick_compilation):
     work = tmp_path / "work"
-    assert command(EXPERIMENT, "--smoke", "--workloads=pixel_gru", "--modes=train", f"--workdir={work}") == 0
+    assert command(EXPERIMENT, "--smoke", "--jobs=", "--workloads=pixel_gru", "--modes=train", f"--workdir={work}") == 0
     out, err = capsys.readouterr()
     assert "[1/1] tiny-pixel_gru-train: " in err and " of 2 rounds count" in err
     result = json.loads((work / "runs" / "tiny-pixel_gru-train" / "result.json").read_text())
@@ -316,7 +316,9 @@ def run_with(monkeypatch, tmp_path, first, stop=lambda: False):
             raise value
         return np.array(value)
 
-    (cell,) = cells(Config(workloads=("lenet5",), modes=("inference",), peers=("flax",), rounds=1, seconds=0.0))
+    (cell,) = cells(
+        Config(jobs=(), workloads=("lenet5",), modes=("inference",), peers=("flax",), rounds=1, seconds=0.0)
+    )
     fakes = {name: Side(lambda value=value: result(value), 1) for name, value in first.items()}
     made = {name: (lambda side=side: side) for name, side in fakes.items()} | {"flax": lambda: None}
     monkeypatch.setattr(benchmark, "builders", lambda cell, work: made)
@@ -357,7 +359,7 @@ def by_hand(finished, workdir):
     quiet = [{name: seconds * factor for name, seconds in sides.items()} for factor in (1.0, 1.2, 1.1)]
     noisy = [{"ours": 1.0, "torch": 9.0}, {"ours": 9.0, "torch": 1.0}]
     same = {"batch": 128, "peak_gigaflops_a_second": 160.0, "gigaflops_a_step": 22.0}
-    chosen = cells(Config(workloads=("resnet20", "convlstm"), modes=("train",), peers=("torch", "flax")))
+    chosen = cells(Config(jobs=(), workloads=("resnet20", "convlstm"), modes=("train",), peers=("torch", "flax")))
     for cell, rounds in zip(chosen, (quiet + [sides | {"flax": 3.0}], noisy), strict=True):
         finished(workdir, cell, {"rounds": rounds} | same)
     return [cell.name for cell in chosen]
@@ -384,7 +386,7 @@ def test_a_table_by_hand_and_the_same_figure_twice(finished, tmp_path, capsys):
 
 
 def test_without_peers_there_is_no_figure(finished, tmp_path, capsys):
-    (cell,) = cells(Config(workloads=("lenet5",), modes=("train",), peers=("flax",)))
+    (cell,) = cells(Config(jobs=(), workloads=("lenet5",), modes=("train",), peers=("flax",)))
     rounds = {"rounds": [{"ours": 0.004}]}
     finished(tmp_path, cell, rounds | {"batch": 8, "peak_gigaflops_a_second": 1.0, "gigaflops_a_step": 0.001})
     report(tmp_path, [cell.name])
