@@ -152,12 +152,12 @@ def test_a_step_of_longer_sequences_needs_more_memory(quick_compilation):
 
 
 def test_a_whole_command(commands, tmp_path):
-    flags = ("--smoke", "--axes=devices,time", f"--workdir={tmp_path}")
+    flags = ("--smoke", "--axes=devices,time", "--lengths=4", f"--workdir={tmp_path}")
     done = commands.run(*flags, experiment="scaling")
     assert done.returncode == 0, done.stderr
-    names = ["devices-1.2-depth8-width2-size8-batch4", "time-4.8-units4-batch3"]
+    names = ["devices-1.2-depth8-width2-size8-batch4", "time-4-units4-batch3"]
     for number, (name, line) in enumerate(zip(names, done.stderr.splitlines(), strict=True), start=1):
-        assert re.fullmatch(rf"\[{number}/2\] {name}: [\d.,]+, [\d.,]+ examples/s; \d of 2 rounds count", line)
+        assert re.fullmatch(rf"\[{number}/2\] {name}: [\d.,]+(, [\d.,]+)? examples/s; \d of 2 rounds count", line)
     result = json.loads((tmp_path / "runs" / names[0] / "result.json").read_text())
     assert {name: point["devices"] for name, point in result["points"].items()} == {"1": 1, "2": 2}
     assert [set(each) for each in result["rounds"]] == [{"1", "2"}] * 2
