@@ -24,7 +24,10 @@ PLACES_OF_PACKAGE = {
     "absl.flags": ("experiments", "launch"),
     "flax": ("research.models", "research.training.state"),  # the one place that calls init and apply
     "matplotlib": ("research.analysis",),
-    "torch": ("experiments.benchmark_torch", "experiments.benchmark_torch_start"),  # a peer to measure, where it is installed
+    "torch": (
+        "experiments.benchmark_torch",
+        "experiments.benchmark_torch_start",
+    ),  # a peer to measure, where it is installed
     # Nowhere: TensorFlow and what brings it, and what a run must not need.
     **dict.fromkeys(("tensorflow", "clu", "tensorflow_datasets", "ray", "xmanager", "pytest"), ()),
 }
