@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 
 from research.ops import conv
 
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the shift form is for the CPU")
+
 # height, width, kernel height, kernel width, strides, padding
 CASES = [
     (8, 8, 3, 3, (1, 1), "SAME"),
@@ -180,11 +182,30 @@ def test_gradients_of_groups_are_those_of_convolutions_beside_each_other(case):
             assert relative_error(ours, np.concatenate(parts, axis=-1)) < 1e-12
 
 
-def test_groups_are_one_operation_of_xla():
+@on_cpu
+def test_groups_are_one_operation_of_xla_elsewhere_and_none_with_groups_on_the_cpu(monkeypatch):
     x, kernel = grouped_arrays(GROUPED[0])
     loss = square_of(conv.conv2d, groups=2)
-    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(np.float32(x), np.float32(kernel)).jaxpr
-    assert (count(jaxpr, "conv_general_dilated"), count(jaxpr, "dot_general")) == (3, 0)
+
+    def groups():
+        jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(np.float32(x), np.float32(kernel)).jaxpr
+        return [e.params["feature_group_count"] for e in equations(jaxpr) if e.primitive.name == "conv_general_dilated"]
+
+    assert set(groups()) == {1}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax.clear_caches()
+    assert len(groups()) == 3 and 2 in groups()
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("groups", "channels", "convolutions"),
+    [(32, 4, 4), (32, 1, 1), (2, 64, 2), (8, 10, 2), (3, 40, 3), (5, 3, 1)],  # bundles of 8, 32, 1, 4, 1, 5
+)
+def test_groups_come_in_bundles_no_wider_than_needed(groups, channels, convolutions):
+    x, kernel = jnp.ones((1, 4, 4, groups * channels)), jnp.ones((3, 3, channels, groups * channels))
+    jaxpr = jax.make_jaxpr(partial(conv.conv2d, groups=groups))(x, kernel).jaxpr
+    assert count(jaxpr, "conv_general_dilated") == convolutions
 
 
 @pytest.mark.parametrize(
@@ -201,7 +222,7 @@ def test_groups_must_divide_channels_and_features(channels, kernel_channels, fea
 
 
 @pytest.mark.parametrize(
-    ("batch", "limit", "blocks"), [(12, 100, 1), (12, 5, 3), (12, 0, 12), (7, 7, 1), (7, 6, 7), (1, 1, 1)]
+    ("batch", "limit", "blocks"), [(12, 100, 1), (12, 5, 3), (12, 0, 6), (7, 7, 1), (7, 6, 7), (1, 1, 1)]
 )
 def test_blocks_of_the_batch_change_nothing(batch, limit, blocks, monkeypatch):
     case = *sizes, strides, padding = CASES[1]
@@ -247,9 +268,6 @@ def convolutions_and_products(argnums, strides, case=CASES[0]):
     loss = square_of(conv.conv2d, strides=strides, padding=padding)
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums))(x, kernel).jaxpr
     return count(jaxpr, "conv_general_dilated"), count(jaxpr, "dot_general")
-
-
-on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the shift form is for the CPU")
 
 
 @on_cpu
