@@ -86,6 +86,8 @@ def lstm(forget_bias: float = 1.0, peepholes: bool = False, candidate: str = "ta
     act = {"tanh": jnp.tanh, "sigmoid": nn.sigmoid}[candidate]
 
     def step(carry, a, r, own):
+        if not peepholes and candidate == "tanh":
+            return recurrent.fused_lstm_step(carry, a, r, forget_bias=forget_bias)
         holes = recurrent.Peepholes(own["peephole_i"], own["peephole_f"], own["peephole_o"]) if peepholes else None
         return recurrent.lstm_step(carry, a, r, forget_bias=forget_bias, peepholes=holes, candidate=act)
 
@@ -207,8 +209,8 @@ class Recurrent(nn.Module):
             own, step = (bias, own), _without_input(step, cell)
             a = jnp.zeros((time, len(cell.hidden(carry)), 0), bias.dtype)
         elif self.kernels is None and x.shape[-1] <= _FEW_INPUTS:
-            own, step = (kernel, bias, own), _with_products(step, cell, product)
-            a, options["kernel_inside"] = jnp.swapaxes(x, 0, 1), True
+            own, step = (kernel, bias, own), _with_input_product(step, product)
+            a = jnp.swapaxes(x, 0, 1)
         else:
             x = jnp.swapaxes(x, 0, 1)
             a = product(x.reshape(-1, *x.shape[2:]), kernel) + bias  # of all times as of one large batch
@@ -241,15 +243,14 @@ def _rounded(product, dtype):
     return rounded
 
 
-def _with_products(step, cell, product):
-    """The cell's step with both products made inside: `(carry, x, U, (W, b, own weights)) -> carry`."""
+def _with_input_product(step, product):
+    """The cell's step with the input's product made inside: `(carry, x, r or U, (W, b, own weights)) -> carry`."""
 
-    def both(carry, x, inner, weights):
+    def with_product(carry, x, r, weights):
         kernel, bias, own = weights
-        a = product(x, kernel) + bias
-        return step(carry, a, inner if cell.kernel_inside else product(cell.hidden(carry), inner), own)
+        return step(carry, product(x, kernel) + bias, r, own)
 
-    return both
+    return with_product
 
 
 def _without_input(step, cell):

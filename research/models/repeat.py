@@ -8,7 +8,6 @@ from jax import lax
 
 from research.ops.segments import scan_in_segments
 
-
 # So few units are written out: a loop stores what the backward pass reads in stacked arrays, which costs a tenth of a
 # ResNet-20's step. More take longer to compile than that is worth.
 _FEW = 4

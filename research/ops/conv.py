@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -21,6 +22,9 @@ _BLOCK_BYTES = 1 << 22
 _PARTS, _WIDE = 2, 1 << 17
 # Channels of a bundle of groups, at least.
 _BUNDLE = 32
+
+# Name of the compiled function that computes so many of so many groups, with that many times their multiply-adds.
+BUNDLE = "bundle_{}_of_{}"
 
 Padding = str | Sequence[tuple[int, int]]
 
@@ -109,10 +113,16 @@ def _bundled(x, kernel, strides, padding, groups):
     size = next(b for b in range(1, groups + 1) if groups % b == 0 and (b * channels >= _BUNDLE or b == groups))
     bundles = groups // size
     split = kernel.reshape(*kernel.shape[:3], bundles, size, features)
-    dense = split[:, :, None] * jnp.eye(size, dtype=kernel.dtype)[:, None, None, :, None]
+    dense = split[:, :, None] * np.eye(size, dtype=kernel.dtype)[:, None, None, :, None]
     dense = dense.reshape(*kernel.shape[:2], size * channels, bundles, size * features)
+
+    def bundle(x, kernel):
+        return _conv2d(x, kernel, strides, padding)
+
+    bundle.__name__ = BUNDLE.format(size, groups)  # says in a jaxpr which part of the products is the convolution's
+    bundle = jax.jit(bundle)
     inputs = jnp.split(x, bundles, axis=-1)
-    return jnp.concatenate([_conv2d(x, dense[..., k, :], strides, padding) for k, x in enumerate(inputs)], axis=-1)
+    return jnp.concatenate([bundle(x, dense[..., k, :]) for k, x in enumerate(inputs)], axis=-1)
 
 
 def _input_jvp_transposing_to_canonical(dx, kernel, strides, padding):

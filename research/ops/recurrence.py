@@ -162,21 +162,29 @@ def _forward(step, hidden, product, kernel, parameters, carry, a, mask, starts):
 def _backward(step, hidden, product, saved, gradients):
     kernel, parameters, starts, states, *pulls = saved
     last, outputs = gradients
+    transposed, one = kernel.T, []
+
+    def through_product(r_gradient):
+        if product is jnp.matmul:  # transposed once, not at every step
+            return r_gradient @ transposed
+        # Its value is not used, and XLA leaves it out: the transpose alone is computed.
+        return jax.vjp(lambda h: product(h, kernel), jnp.zeros(states.shape[1:], states.dtype))[1](r_gradient)[0]
 
     def body(accumulated, inputs):
         carry_gradient, parameter_gradient = accumulated
         output_gradient, start, through_hidden, pull_back = inputs
         carry_gradient, a_gradient, r_gradient, own = pull_back((carry_gradient, output_gradient))
-        # Its value is not used, and XLA leaves it out: the transpose alone is computed.
-        _, through_product = jax.vjp(lambda h: product(h, kernel), jnp.zeros(states.shape[1:], states.dtype))
-        (through_kernel,) = through_hidden(*through_product(r_gradient))
+        (through_kernel,) = through_hidden(through_product(r_gradient))
         carry_gradient = _reset(start, jax.tree.map(jnp.add, carry_gradient, through_kernel))
+        one[:] = [a_gradient is r_gradient]  # of a step that reads a + r alone: stored once
+        a_gradient = None if one[0] else a_gradient
         return (carry_gradient, jax.tree.map(jnp.add, parameter_gradient, own)), (a_gradient, r_gradient)
 
     end = last, jax.tree.map(jnp.zeros_like, parameters)
     (carry_gradient, parameter_gradient), (a_gradient, r_gradient) = lax.scan(
         body, end, (outputs, starts, *pulls), reverse=True
     )
+    a_gradient = r_gradient if one[0] else a_gradient
     states, r_gradient = (x.reshape(-1, *x.shape[2:]) for x in (states, r_gradient))
     (kernel_gradient,) = jax.vjp(lambda kernel: product(states, kernel), kernel)[1](r_gradient)
     return kernel_gradient, parameter_gradient, carry_gradient, a_gradient, None, None

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.errors import CarouselError, UsageError
 
-# XLA:CPU gives convolutions and products to its library YNNPACK where it can, whose convolutions take up to 1.6 times as
-# long as its own here; sums over many numbers stay there.
+# XLA:CPU gives convolutions and products to its library YNNPACK where it can, whose convolutions take up to 1.6 times
+# as long as its own; sums over many numbers stay there.
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 
 MODES = ("auto", "pmap", "jit", "shard_map")

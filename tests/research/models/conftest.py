@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,8 @@ def _equations(jaxpr, times=1):
         if not inner:
             yield equation, times
         for body in inner:
-            yield from _equations(body, times * equation.params.get("length", 1))
+            some, groups = operations.groups_of(equation)  # a part of one convolution
+            yield from _equations(body, times * equation.params.get("length", 1) * Fraction(some, groups))
 
 
 def _operations(model, size=32):

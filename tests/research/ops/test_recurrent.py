@@ -192,3 +192,17 @@ def test_wrong_shapes_are_refused():
         recurrent.gru_reset_before_step(H, draw(BATCH, 3 * N), draw(N, 4 * N))
     with pytest.raises(AssertionError):
         recurrent.vanilla_step(H, draw(BATCH, N), draw(BATCH, 2 * N))
+
+
+def test_the_fused_lstm_step_is_the_plain_one_and_so_are_its_gradients():
+    carry, a, r = recurrent.LSTMCarry(H, C), draw(BATCH, 4 * N), draw(BATCH, 4 * N)
+    with jax.enable_x64(True):
+
+        def run(step):
+            loss = lambda carry, a, r: sum(jnp.sin(x).sum() for x in step(carry, a, r, forget_bias=1.5))  # noqa: E731
+            return step(carry, a, r, forget_bias=1.5), jax.grad(loss, (0, 1, 2))(carry, a, r)
+
+        got, expected = run(recurrent.fused_lstm_step), run(recurrent.lstm_step)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-14), got, expected)
+    with pytest.raises(AssertionError):
+        recurrent.fused_lstm_step(carry, a[:, :-1], r[:, :-1])
