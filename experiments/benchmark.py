@@ -38,6 +38,8 @@ from research.errors import CarouselError, Interrupted, UsageError
 
 PEERS = ("torch", "flax")
 _PASSES = {"train": 3, "inference": 1}
+# Forward multiply-adds of a stretch, as long as those of the trainer's: seconds on a few cores.
+_STRETCH_MULTIPLY_ADDS = 1.3e11
 # Relative difference of first results from ours above which PyTorch computes something else.
 _TOLERANCE = 1e-2
 
@@ -55,7 +57,9 @@ class Config:
     job_rounds: int = option(3, "Rounds of a job that count.", minimum=1)
     seconds: float = option(1.0, "Each side runs at least so long a round.", minimum=0)
     repeats: int = option(5, "Disturbed rounds that are made up for, at most.", minimum=0)
-    steps_per_call: int = option(5, "Training steps of our compiled stretch.", minimum=1)
+    steps_per_call: int | None = option(
+        None, "Training steps of our compiled stretch (default: 2 to 50, fewer of larger ones).", minimum=1
+    )
     peak_size: int = option(2048, "Rows of the matrix product whose speed is the peak.", minimum=1)
     tiny: bool = option(False, "Workloads of the same kinds, small: to try the command.")
     devices: int | None = option(None, "Devices of our side (default: 1).", minimum=1)
@@ -72,7 +76,7 @@ class Cell:
     rounds: int
     seconds: float
     repeats: int
-    steps_per_call: int
+    steps_per_call: int | None
     peak_size: int
     tiny: bool
     devices: int | None
@@ -134,13 +138,15 @@ def run(cell: Cell | Job, context: Any) -> Mapping[str, Any]:
 
     environment.record(context.folder.path, context.command, {}, context.reporter.note)
     work = workloads.workload(cell.workload, cell.tiny)
+    multiply_adds = work.multiply_adds()
+    steps = cell.steps_per_call or max(2, min(50, round(_STRETCH_MULTIPLY_ADDS / multiply_adds)))
     sides, results, built = {}, {}, {}
 
     def between():
         if context.should_stop():
             raise Interrupted(f"{context.folder.path}: stopped between rounds; the same command measures it again")
 
-    for name, build in builders(cell, work).items():
+    for name, build in builders(cell, work, steps).items():
         between()
         start = time.perf_counter()
         side = build()
@@ -165,7 +171,8 @@ def run(cell: Cell | Job, context: Any) -> Mapping[str, Any]:
         "first_call_seconds": built,
         "first_result_difference": differences,
         "batch": work.batch,
-        "gigaflops_a_step": 2e-9 * work.multiply_adds() * _PASSES[cell.mode],
+        "steps_per_call": steps,
+        "gigaflops_a_step": 2e-9 * multiply_adds * _PASSES[cell.mode],
         "peak_gigaflops_a_second": matmul_peak(cell.peak_size),
     }
     numbers = summary(result)
@@ -186,22 +193,22 @@ def _first_result(name: str, side: timing.Side, between: Callable[[], None]) -> 
         raise CarouselError(f"torch.compile failed ({reason}): leave --compile out") from error
 
 
-def builders(cell: Cell, work: Any) -> dict[str, Callable[[], Any]]:
-    """Side -> what makes it; ours first."""
+def builders(cell: Cell, work: Any, steps: int) -> dict[str, Callable[[], Any]]:
+    """Side -> what makes it; ours first, with `steps` training steps a call."""
     from experiments import benchmark_workloads as workloads
     from research.training import environment
 
-    found = {"ours": lambda: workloads.ours(work, cell.mode, steps=cell.steps_per_call, devices=cell.devices)}
+    found = {"ours": lambda: workloads.ours(work, cell.mode, steps=steps, devices=cell.devices)}
     if "torch" in cell.peers:
         from experiments import benchmark_torch
 
         threads = environment.usable_cores() or 1
-        make = functools.partial(benchmark_torch.side, work, cell.mode, steps=cell.steps_per_call, threads=threads)
+        make = functools.partial(benchmark_torch.side, work, cell.mode, steps=steps, threads=threads)
         found["torch"] = make
         if cell.compile:
             found["torch.compile"] = functools.partial(make, compiled=True)
     if "flax" in cell.peers:
-        found["flax"] = lambda: workloads.flax(work, cell.mode, steps=cell.steps_per_call)
+        found["flax"] = lambda: workloads.flax(work, cell.mode, steps=steps)
     return found
 
 

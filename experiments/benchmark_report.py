@@ -119,8 +119,9 @@ def _row(run: Any, numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 def _columns(run: Any, numbers: Mapping[str, Any]) -> dict[str, Any]:
     values = _numbers(run, numbers)
-    kept = ("workload", "mode", "tiny", "devices", "steps_per_call")
+    kept = ("workload", "mode", "tiny", "devices")
     return {name: run.config[name] for name in kept} | {
+        "steps_per_call": run.result["steps_per_call"],
         "batch": run.result["batch"],
         "ours_seconds": values["ours"],
         "torch_seconds": numbers["seconds"].get("torch"),

@@ -358,7 +358,7 @@ def by_hand(finished, workdir):
     sides = {"ours": 0.25, "torch": 0.75, "torch.compile": 0.5, "flax": 1.0}
     quiet = [{name: seconds * factor for name, seconds in sides.items()} for factor in (1.0, 1.2, 1.1)]
     noisy = [{"ours": 1.0, "torch": 9.0}, {"ours": 9.0, "torch": 1.0}]
-    same = {"batch": 128, "peak_gigaflops_a_second": 160.0, "gigaflops_a_step": 22.0}
+    same = {"batch": 128, "peak_gigaflops_a_second": 160.0, "gigaflops_a_step": 22.0, "steps_per_call": 5}
     chosen = cells(Config(jobs=(), workloads=("resnet20", "convlstm"), modes=("train",), peers=("torch", "flax")))
     for cell, rounds in zip(chosen, (quiet + [sides | {"flax": 3.0}], noisy), strict=True):
         finished(workdir, cell, {"rounds": rounds} | same)
@@ -388,7 +388,11 @@ def test_a_table_by_hand_and_the_same_figure_twice(finished, tmp_path, capsys):
 def test_without_peers_there_is_no_figure(finished, tmp_path, capsys):
     (cell,) = cells(Config(jobs=(), workloads=("lenet5",), modes=("train",), peers=("flax",)))
     rounds = {"rounds": [{"ours": 0.004}]}
-    finished(tmp_path, cell, rounds | {"batch": 8, "peak_gigaflops_a_second": 1.0, "gigaflops_a_step": 0.001})
+    finished(
+        tmp_path,
+        cell,
+        rounds | {"batch": 8, "peak_gigaflops_a_second": 1.0, "gigaflops_a_step": 0.001, "steps_per_call": 5},
+    )
     report(tmp_path, [cell.name])
     rows, _ = table(capsys.readouterr().out)
     assert list(rows[0].values())[2:] == ["4", "2,000", "0.25", "25%", "-", "-", "-", "-", "1 of 1"]

@@ -291,7 +291,8 @@ def test_unfinished_jobs_and_workloads_are_told_apart(finished, tmp_path, capsys
     jobs = by_hand(finished, tmp_path, jobs=("compile",))
     (cell,) = cells(Config(workloads=("lenet5",), modes=("train",), peers=("flax",), jobs=()))
     rounds = {"rounds": [{"ours": 0.004}]}
-    finished(tmp_path, cell, rounds | {"batch": 8, "peak_gigaflops_a_second": 1.0, "gigaflops_a_step": 0.001})
+    same = {"batch": 8, "peak_gigaflops_a_second": 1.0, "gigaflops_a_step": 0.001, "steps_per_call": 5}
+    finished(tmp_path, cell, rounds | same)
     report(tmp_path, [cell.name, *jobs])
     out = capsys.readouterr().out
     assert "\nSpeed; ratios" in out and "\nWaiting (3 of 4 cells are not finished); every" in out
