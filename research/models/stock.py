@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from research.models.convolution import Convolution
 from research.models.resnet import ResNet
-from research.ops import pooling, shortcuts
+from research.ops import shortcuts
 
 
 def _conv(row: Convolution, name: str) -> nn.Conv:
@@ -86,7 +86,7 @@ class StockResNet(nn.Module):
         preactivation = table.placement == "full_preactivation"
         x = nn.relu(_norm(train, "stem_norm")(_conv(table.stem[0], "stem_conv")(x)))
         if table.pool:
-            x = pooling.max_pool(x, window=3, stride=2, padding=1)
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage in table.stages:
             for rows in [stage.convolutions] + [stage.rest] * (stage.units - 1):
                 number += 1

@@ -81,3 +81,28 @@ def test_it_keeps_the_type(dtype):
 def test_other_ranks_are_refused():
     with pytest.raises(AssertionError):
         max_pool(jnp.ones((4, 4, 3)), window=2, stride=2)
+
+
+@cases
+def test_of_equal_values_the_first_takes_the_gradient_as_in_xla(case):
+    height, width, window, stride, padding = case
+    x = np.random.default_rng(0).integers(-1, 1, (2, height, width, 3)).astype(np.float32)
+
+    def by_xla(x):
+        sides, once = (padding, padding), (1, window, window, 1)
+        pads = ((0, 0), sides, sides, (0, 0))
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, once, (1, stride, stride, 1), pads)
+
+    def gradient(function):
+        y, pull_back = jax.vjp(function, x)
+        return pull_back(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))[0]
+
+    ours = gradient(lambda x: max_pool(x, window=window, stride=stride, padding=padding))
+    np.testing.assert_allclose(ours, gradient(by_xla), rtol=1e-6)
+
+
+def test_nan_wins_wherever_it_stands():
+    for place in np.ndindex(2, 2):
+        x = np.ones((1, 2, 2, 1), np.float32)
+        x[0, *place, 0] = np.nan
+        assert np.isnan(max_pool(x, window=2, stride=2))
