@@ -202,7 +202,9 @@ def ours(
     mesh = parallel.make_mesh(devices or 1)
     variables, data = parallel.replicate((work.initial(work.model()).variables, dict(work.arrays)), mesh)
     rows = parallel.shard_batch(work.rows(steps)[0], mesh)
-    forward = _forward(work, work.model())
+    # As the trainer's evaluation compiles it.
+    lowered = _forward(work, work.model()).lower(variables, data, rows)
+    forward = parallel.compile_for(mesh.devices.flat[0].platform, lowered)
     return Side(lambda: jax.block_until_ready(forward(variables, data, rows)), 1)
 
 

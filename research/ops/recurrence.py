@@ -6,9 +6,10 @@ emits the gradient of every step's r = h U, and
 
     dL/dU = sum_t h_{t-1}' dL/dr_t
 
-is one product over all times afterwards. Measured on two CPU cores against a loop that holds all products (LSTM,
-forward and backward): 1.8 times as fast at 650 units and inputs, batch 20; no difference at 128; 0.7 of the speed at 1
-or 2 inputs, where a is larger than all that it saves. `research.models.recurrent` puts both products inside there.
+is one product over all times afterwards (LSTM of 650 units and inputs, batch 20: 1.8 times as fast as a loop that holds
+all products). Where the step reads a + r alone, its gradients at a and r are one array and stored once. With 1 or 2
+inputs `research.models.recurrent` puts the input's product into the step, since a is larger there than all it saves.
+What else was tried: `SPEED.md` beside this file.
 
 For units on a map, `[batch, height, width, n]`, the product is a convolution: the recurrence is the same one.
 """
@@ -63,7 +64,8 @@ def recur(
         sequence's last element, the step whose next time is a start; `carry` stands behind the last time of all.
       reverse: walks from the last time to the first; outputs stand at their own times.
       kernel_inside: the step multiplies by U itself: `step(carry, a_t, U, parameters)`. Its gradient is accumulated in
-        the loop. Differentiable in forward mode too; the other kind only in reverse mode, any number of times.
+        the loop. Differentiable in forward mode too, if the step is; the other kind only in reverse mode, any number of
+        times.
       segment: steps of a segment. Where it is given, only the carry before each segment is kept for the backward pass
         and segments are run again there: at segment = sqrt(time) memory grows with the square root of time (Chen et al.
         2016), for one more forward pass.
@@ -162,7 +164,8 @@ def _forward(step, hidden, product, kernel, parameters, carry, a, mask, starts):
 def _backward(step, hidden, product, saved, gradients):
     kernel, parameters, starts, states, *pulls = saved
     last, outputs = gradients
-    transposed, one = kernel.T, []
+    transposed = kernel.T
+    one = []  # whether the gradients at a and r are one array: known when the body is traced
 
     def through_product(r_gradient):
         if product is jnp.matmul:  # transposed once, not at every step
@@ -176,7 +179,7 @@ def _backward(step, hidden, product, saved, gradients):
         carry_gradient, a_gradient, r_gradient, own = pull_back((carry_gradient, output_gradient))
         (through_kernel,) = through_hidden(through_product(r_gradient))
         carry_gradient = _reset(start, jax.tree.map(jnp.add, carry_gradient, through_kernel))
-        one[:] = [a_gradient is r_gradient]  # of a step that reads a + r alone: stored once
+        one[:] = [a_gradient is r_gradient]
         a_gradient = None if one[0] else a_gradient
         return (carry_gradient, jax.tree.map(jnp.add, parameter_gradient, own)), (a_gradient, r_gradient)
 
