@@ -1,4 +1,4 @@
-"""What the benchmark's rounds say: a table, `summary.csv`, a figure of ratios; of jobs a table and `jobs.csv`."""
+"""What the benchmark's rounds say: a table, `summary.csv`, a figure; of jobs a table, `jobs.csv`; all in JSON."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -44,14 +44,19 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def report(workdir: Path, names: list[str]) -> None:
-    """Prints the tables of workloads and of jobs, writes what they show."""
+    """Prints the tables of workloads and of jobs, writes what they show, and in `benchmark.json` all it is made of."""
     from research.analysis import results
+    from research.files import write_json_atomic
 
     runs, written = results.read_runs(workdir / "runs" / name for name in names), []
     for is_job, write in ((False, _report_speed), (True, benchmark_job_report.report)):
         asked = [name for name in names if (name.removeprefix("tiny-") in JOBS) == is_job]
         if finished := [run for run in runs if ("job" in run.config) == is_job]:
             written += write(workdir, finished, results.unfinished(asked, finished))
+    parts = ("config", "environment", "result")
+    measured = {run.path.name: {part: getattr(run, part) for part in parts} for run in runs}
+    write_json_atomic(workdir / "benchmark.json", measured)
+    written.append(workdir / "benchmark.json")
     print(f"\nwritten: {', '.join(map(str, written))}")
 
 

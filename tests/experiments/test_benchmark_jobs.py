@@ -296,7 +296,10 @@ def test_unfinished_jobs_and_workloads_are_told_apart(finished, tmp_path, capsys
     report(tmp_path, [cell.name, *jobs])
     out = capsys.readouterr().out
     assert "\nSpeed; ratios" in out and "\nWaiting (3 of 4 cells are not finished); every" in out
-    assert out.endswith(f"\nwritten: {tmp_path / 'summary.csv'}, {tmp_path / 'jobs.csv'}\n")
+    written = [tmp_path / name for name in ("summary.csv", "jobs.csv", "benchmark.json")]
+    assert out.endswith(f"\nwritten: {', '.join(map(str, written))}\n")
+    measured = json.loads(written[-1].read_bytes())
+    assert all(set(run) == {"config", "environment", "result"} for run in measured.values()) and len(measured) == 2
 
 
 def test_every_job_has_its_lines():
