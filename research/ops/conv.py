@@ -22,7 +22,6 @@ _BLOCK_BYTES = 1 << 22
 _PARTS, _WIDE = 2, 1 << 17
 # Channels of a bundle of groups, at least.
 _BUNDLE = 32
-
 # Name of the compiled function that computes so many of so many groups, with that many times their multiply-adds.
 BUNDLE = "bundle_{}_of_{}"
 
@@ -106,8 +105,8 @@ def _conv2d_jvp(strides, padding, primals, tangents):
 def _bundled(x, kernel, strides, padding, groups):
     """A convolution in groups as a few without: neighbouring groups share a kernel that is zero between them.
 
-    Multiplying by the zeros costs less than XLA:CPU's loop over groups: with 4 channels in each of 32 groups forward,
-    input and weight gradient take a fifth, a third and a tenth of its time. Bundles are no wider than that asks for.
+    Multiplying by the zeros costs less than XLA:CPU's loop over groups (`SPEED.md`), so bundles are just wide enough for
+    a fast product. What is not finite in one group makes its whole bundle NaN.
     """
     channels, features = kernel.shape[2], kernel.shape[3] // groups
     size = next(b for b in range(1, groups + 1) if groups % b == 0 and (b * channels >= _BUNDLE or b == groups))
@@ -192,6 +191,8 @@ def _kernel_jvp_by_shifts(x, dkernel, strides, padding):
     rows = parts * out_width * (x.shape[1] + top + bottom)
     block = _largest_divisor(batch // parts, _BLOCK_BYTES // (rows * row_bytes))
     blocks = batch // (parts * block)
+    # Examples of a block are neighbours, so that nothing is copied for it. Where the compiler splits the batch over
+    # devices (`parallel=jit`), a block then lies on one of them; in `pmap` and `shard_map` the batch is a device's own.
     x = x.reshape(blocks, parts, block, *x.shape[1:])
     dkernels = jnp.broadcast_to(dkernel, (parts, *dkernel.shape))
     if blocks == 1:
