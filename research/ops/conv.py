@@ -105,8 +105,8 @@ def _conv2d_jvp(strides, padding, primals, tangents):
 def _bundled(x, kernel, strides, padding, groups):
     """A convolution in groups as a few without: neighbouring groups share a kernel that is zero between them.
 
-    Multiplying by the zeros costs less than XLA:CPU's loop over groups (`SPEED.md`), so bundles are just wide enough for
-    a fast product. What is not finite in one group makes its whole bundle NaN.
+    Multiplying by the zeros costs less than XLA:CPU's loop over groups (`SPEED.md`); bundles are just wide enough for a
+    fast product. What is not finite in one group makes its whole bundle NaN.
     """
     channels, features = kernel.shape[2], kernel.shape[3] // groups
     size = next(b for b in range(1, groups + 1) if groups % b == 0 and (b * channels >= _BUNDLE or b == groups))
