@@ -121,7 +121,9 @@ class Starter:
         command = [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         start, output = time.perf_counter(), b""
-        with subprocess.Popen(command, cwd=_ROOT, env=self._environment, **pipes) as process:
+        # By path too, since with PYTHONSAFEPATH, which the launcher sets, the folder alone is not looked in.
+        environment = self._environment | {"PYTHONPATH": str(_ROOT)}
+        with subprocess.Popen(command, cwd=_ROOT, env=environment, **pipes) as process:
             try:
                 while until is None or until.encode() not in output:
                     if self._should_stop():

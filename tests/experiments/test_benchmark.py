@@ -321,7 +321,7 @@ def run_with(monkeypatch, tmp_path, first, stop=lambda: False):
     )
     fakes = {name: Side(lambda value=value: result(value), 1) for name, value in first.items()}
     made = {name: (lambda side=side: side) for name, side in fakes.items()} | {"flax": lambda: None}
-    monkeypatch.setattr(benchmark, "builders", lambda cell, work: made)
+    monkeypatch.setattr(benchmark, "builders", lambda cell, work, steps: made)
     monkeypatch.setattr(benchmark, "matmul_peak", lambda size: 100.0)
     monkeypatch.setattr(
         workloads, "workload", lambda name, tiny: SimpleNamespace(batch=4, multiply_adds=lambda: 500_000_000)
