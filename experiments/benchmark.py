@@ -244,8 +244,15 @@ EXPERIMENT = Experiment(
     run=run,
     report=report,
     check=check,
-    smoke={"tiny": True, "rounds": 2, "job_rounds": 1, "seconds": 0.0, "repeats": 0}
-    | {"steps_per_call": 2, "peak_size": 128},
+    smoke={
+        "tiny": True,
+        "rounds": 2,
+        "job_rounds": 1,
+        "seconds": 0.0,
+        "repeats": 0,
+        "steps_per_call": 2,
+        "peak_size": 128,
+    },
 )
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ class Starter:
     def __init__(self, folder: Path, should_stop: Callable[[], bool] = lambda: False):
         self._folder, self._should_stop = folder, should_stop
         self._environment = {name: value for name, value in os.environ.items() if name not in _UNWANTED}
+        self._environment["PYTHONPATH"] = timing.python_path(_ROOT)
 
     def experiment(self, *flags: str, until: str | None = None) -> float:
         """Seconds of a depth ablation in a new working folder, its cache the folder's; see `seconds`."""
@@ -121,9 +122,7 @@ class Starter:
         command = [sys.executable, "-m", f"experiments.{module}", *map(str, arguments)]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         start, output = time.perf_counter(), b""
-        # By path too, since with PYTHONSAFEPATH, which the launcher sets, the folder alone is not looked in.
-        environment = self._environment | {"PYTHONPATH": str(_ROOT)}
-        with subprocess.Popen(command, cwd=_ROOT, env=environment, **pipes) as process:
+        with subprocess.Popen(command, cwd=_ROOT, env=self._environment, **pipes) as process:
             try:
                 while until is None or until.encode() not in output:
                     if self._should_stop():

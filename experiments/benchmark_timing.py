@@ -1,8 +1,10 @@
 """How sides are timed against each other: in turn, round after round, and again where the machine was disturbed."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Round = Mapping[str, float]
@@ -26,6 +28,14 @@ class Side(NamedTuple):
 
     call: Callable[[], Any]
     steps: int
+
+
+def python_path(root: Path) -> str:
+    """PYTHONPATH of a process that is to find `experiments` in `root`, first.
+
+    Also under PYTHONSAFEPATH, which the launcher sets and with which `python -m` does not look in the working folder.
+    """
+    return os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
 
 
 def measure(

@@ -203,8 +203,7 @@ def ours(
     variables, data = parallel.replicate((work.initial(work.model()).variables, dict(work.arrays)), mesh)
     rows = parallel.shard_batch(work.rows(steps)[0], mesh)
     # As the trainer's evaluation compiles it.
-    lowered = _forward(work, work.model()).lower(variables, data, rows)
-    forward = parallel.compile_for(mesh.devices.flat[0].platform, lowered)
+    forward = parallel.compile_for(mesh, _forward(work, work.model()).lower(variables, data, rows))
     return Side(lambda: jax.block_until_ready(forward(variables, data, rows)), 1)
 
 

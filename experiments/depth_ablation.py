@@ -16,11 +16,10 @@ epochs, the learning rate dropped at the same fractions of the run.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments import images, precision
-from experiments.runner import Experiment, main, option
+from experiments.runner import Experiment, main, option, report_of
 
 # What a data set is trained with unless flags say otherwise: sized for minutes (CIFAR-10: an hour) on two cores.
 DEFAULTS = {
@@ -84,19 +83,12 @@ def network_of(cell: Cell, **options: Any) -> Any:
     return cifar_resnet(cell.depth, cell.block, cell.width, dtype=precision.dtype(cell), **options)
 
 
-def report(workdir: Path, names: list[str]) -> None:
-    """See `experiments.depth_report`, which is imported late: a training need not wait for a drawing library."""
-    from experiments import depth_report
-
-    depth_report.report(workdir, names)
-
-
 EXPERIMENT = Experiment(
     name="depth_ablation",
     config=Config,
     cells=cells,
     run=run,
-    report=report,
+    report=report_of("depth_report"),
     presets={
         "he2015": {
             "dataset": "cifar10",

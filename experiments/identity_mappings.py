@@ -17,12 +17,11 @@ The report lists what else differs in the runs at hand.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments import images, precision
 from experiments.identity_tables import TABLE1, TABLE2, TABLE2_NETWORKS, TABLE3, TABLE3_NETWORKS, VARIANTS
-from experiments.runner import Experiment, main, option
+from experiments.runner import Experiment, main, option, report_of
 from research.errors import UsageError
 
 DEFAULTS = {
@@ -118,19 +117,12 @@ _RECIPE = {
 }
 
 
-def report(workdir: Path, names: list[str]) -> None:
-    """See `experiments.identity_report`, which is imported late: a training need not wait for a drawing library."""
-    from experiments import identity_report
-
-    identity_report.report(workdir, names)
-
-
 EXPERIMENT = Experiment(
     name="identity_mappings",
     config=Config,
     cells=cells,
     run=run,
-    report=report,
+    report=report_of("identity_report"),
     presets={
         "shortcuts": _RECIPE | {"networks": ("basic-110",), "variants": TABLE1},
         "activations": _RECIPE | {"networks": TABLE2_NETWORKS, "variants": TABLE2},

@@ -17,12 +17,11 @@ here TV-L1.
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments import nowcasting_data, training
 from experiments.nowcasting_cells import BASELINES, Config, NowcastCell, cells, layers_of, network_of
-from experiments.runner import Experiment, main
+from experiments.runner import Experiment, main, report_of
 from research.errors import CarouselError, UsageError
 
 # Sequences of an evaluation call: their hidden states are held at once.
@@ -201,19 +200,12 @@ _RADAR = {
 }
 
 
-def report(workdir: Path, names: list[str]) -> None:
-    """See `experiments.nowcasting_report`, which is imported late: a training need not wait for a drawing library."""
-    from experiments import nowcasting_report
-
-    nowcasting_report.report(workdir, names)
-
-
 EXPERIMENT = Experiment(
     name="nowcasting",
     config=Config,
     cells=cells,
     run=run,
-    report=report,
+    report=report_of("nowcasting_report"),
     presets={"shi2015": _SHI, "radar": _RADAR},
     smoke={
         "train_examples": 32,

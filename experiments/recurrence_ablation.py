@@ -15,11 +15,10 @@ Differences from the papers: the report lists them with its 'paper | here' table
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from experiments import sequences
-from experiments.runner import Experiment, main, option
+from experiments.runner import Experiment, main, option, report_of
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS
 from experiments.sequences import SequenceCell
@@ -112,19 +111,12 @@ _ZAREMBA = {
 }
 
 
-def report(workdir: Path, names: list[str]) -> None:
-    """See `experiments.recurrence_report`, which is imported late: a training need not wait for a drawing library."""
-    from experiments import recurrence_report
-
-    recurrence_report.report(workdir, names)
-
-
 EXPERIMENT = Experiment(
     name="recurrence_ablation",
     config=Config,
     cells=cells,
     run=run,
-    report=report,
+    report=report_of("recurrence_report"),
     presets={"chung2014": _CHUNG, "bai2018": _BAI, "zaremba2014": _ZAREMBA},
     smoke={
         "units": (8,),

@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the environment (files, disk) or a failed cell; 2 the requ
 """
 
 import dataclasses
+import importlib
 import os
 import signal
 import sys
@@ -73,6 +74,15 @@ class Experiment:
     exclusive: Sequence[Sequence[str]] = ()
     check: Callable[[Any], None] = lambda cell: None
     divergence_is_a_result: bool = False
+
+
+def report_of(module: str) -> Callable[[Path, list[str]], None]:
+    """`report` of a module of `experiments`, imported when it is called: a training need not wait for drawing."""
+
+    def report(workdir: Path, names: list[str]) -> None:
+        importlib.import_module(f"experiments.{module}").report(workdir, names)
+
+    return report
 
 
 def identity(cell: Any) -> dict[str, Any]:

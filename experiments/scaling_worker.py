@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments import benchmark_timing as timing
 from research.errors import CarouselError
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,7 @@ def environment(devices: int, cache: str | None) -> dict[str, str]:
     threads = max(int(os.environ["NPROC"]), 4 * devices if devices > 1 else 1)
     found = dict(os.environ)
     found |= {"NPROC": str(threads), "JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
-    found["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    found["PYTHONPATH"] = timing.python_path(_ROOT)
     if cache:
         found["JAX_COMPILATION_CACHE_DIR"] = cache
         found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Activation = Callable[[jax.Array], jax.Array]
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -115,7 +116,7 @@ def fused_lstm_step(carry: LSTMCarry, a: jax.Array, r: jax.Array, *, forget_bias
     """`lstm_step` without peepholes, all gates as one; to be differentiated in reverse mode alone.
 
     The backward pass keeps the gates `[batch, 4 n]` and both cell states, where that of `lstm_step` keeps each factor
-    of each product: an LSTM of 650 units and inputs takes 0.75 of the time, forward and backward.
+    of each product (`SPEED.md` beside this file).
     """
     chex.assert_equal_shape([a, r])
     chex.assert_shape([a], (*carry.c.shape[:-1], 4 * carry.c.shape[-1]))
@@ -124,7 +125,7 @@ def fused_lstm_step(carry: LSTMCarry, a: jax.Array, r: jax.Array, *, forget_bias
 
 def _gate(k, c):
     """`[4 n]`: one in the block of gate k, zero elsewhere."""
-    return (jnp.arange(4 * c.shape[-1]) // c.shape[-1] == k).astype(c.dtype)
+    return np.repeat(np.arange(4) == k, c.shape[-1]).astype(c.dtype)
 
 
 @jax.custom_vjp

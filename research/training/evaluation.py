@@ -34,8 +34,7 @@ class Evaluator:
         call = over_seeds(make_evaluation(task.evaluate, task.carries), seed, (0, None, None, None))
         # What is carried goes into the next call as it came into this one: whole on every device.
         call = jax.jit(call, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        lowered = call.lower(variables, data, *self._place(0, 0))
-        self._call = parallel.compile_for(mesh.devices.flat[0].platform, lowered)
+        self._call = parallel.compile_for(mesh, call.lower(variables, data, *self._place(0, 0)))
 
     def _place(self, first, last):
         indices = np.arange(first, first + self._batch, dtype=np.int32)

@@ -110,12 +110,12 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
             specs = {"in_specs": (replicated, replicated, split, replicated), "out_specs": replicated}
             stretch = jax.shard_map(stretch, mesh=mesh, check_vma=False, **specs)
         function = jax.jit(stretch, donate_argnums=0, out_shardings=NamedSharding(mesh, replicated))
-    return Stretch(compile_for(mesh.devices.flat[0].platform, function.lower(state, data, place(indices), key)), place)
+    return Stretch(compile_for(mesh, function.lower(state, data, place(indices), key)), place)
 
 
-def compile_for(platform: str, lowered: Any) -> Any:
-    """The compiled program, with the options that make it fast on a platform as far as this JAX knows them."""
-    if platform == "cpu":
+def compile_for(mesh: Mesh, lowered: Any) -> Any:
+    """The compiled program, with the options that make it fast on such devices as far as this JAX knows them."""
+    if mesh.devices.flat[0].platform == "cpu":
         try:
             return lowered.compile(compiler_options=_CPU_OPTIONS)
         except jax.errors.JaxRuntimeError as error:
