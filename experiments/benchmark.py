@@ -33,7 +33,8 @@ from experiments import benchmark_jobs
 from experiments import benchmark_timing as timing
 from experiments.benchmark_jobs import JOBS, Job
 from experiments.benchmark_report import MODES, WORKLOADS, report, summary
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 from research.errors import CarouselError, Interrupted, UsageError
 
 PEERS = ("torch", "flax")

@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import images, precision
-from experiments.runner import Experiment, main, option, report_of
+from experiments.options import option
+from experiments.runner import Experiment, main, report_of
 
 # What a data set is trained with unless flags say otherwise: sized for minutes (CIFAR-10: an hour) on two cores.
 DEFAULTS = {

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import images, precision
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 from research.errors import CarouselError, UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours in 0 to 1

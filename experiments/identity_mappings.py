@@ -21,7 +21,8 @@ from typing import Any
 
 from experiments import images, precision
 from experiments.identity_tables import TABLE1, TABLE2, TABLE2_NETWORKS, TABLE3, TABLE3_NETWORKS, VARIANTS
-from experiments.runner import Experiment, main, option, report_of
+from experiments.options import option
+from experiments.runner import Experiment, main, report_of
 from research.errors import UsageError
 
 DEFAULTS = {

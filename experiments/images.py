@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from experiments import precision, training
-from experiments.runner import option
+from experiments.options import option
 from research.data.images import TRAIN_EXAMPLES
 from research.errors import UsageError
 

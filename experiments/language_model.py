@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import sequences
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 from experiments.sequences import KINDS, NGRAM, SequenceCell
 
 VOCABULARY = "vocabulary.json"

@@ -15,7 +15,8 @@ from typing import Any
 
 from experiments.identity_mappings import network_of, parse_network
 from experiments.identity_tables import VARIANTS
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 
 
 @dataclasses.dataclass(frozen=True)

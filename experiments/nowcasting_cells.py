@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from experiments import nowcasting_data, precision
-from experiments.runner import option
+from experiments.options import option
 from research.errors import UsageError
 
 BASELINES = {"persistence": "persistence", "optical_flow": "optical flow"}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.runner import option
+from experiments.options import option
 from research.errors import CarouselError
 
 DEFAULT = "float32"

@@ -17,7 +17,8 @@ from typing import Any
 from experiments import images
 from experiments.identity_mappings import network_of, parse_network
 from experiments.identity_tables import VARIANTS
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 
 _STATISTICS = ("gradient_norm", "shortcut_gradient_norm", "jacobian_gain", "shortcut_jacobian_gain", "forward_residue")
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import sequences
-from experiments.runner import Experiment, main, option, report_of
+from experiments.options import option
+from experiments.runner import Experiment, main, report_of
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS
 from experiments.sequences import SequenceCell

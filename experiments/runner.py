@@ -17,33 +17,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from experiments import options
 from research.errors import CarouselError, Interrupted, UsageError
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    minimum: float | None = None,
-    identity: bool = True,
-    implied: bool = False,
-    may_be_empty: bool = False,
-) -> Any:
-    """A field of a Config or a cell.
-
-    Args:
-      default: its type is the flag's (a tuple is a comma-separated list); None needs the annotation `int | None` etc.
-      help: the flag's help text.
-      choices: the values a string may take; for a tuple, each of its elements.
-      minimum: the smallest value allowed; for a tuple, each of its elements.
-      identity: False for what does not change a cell's result (where the data lies, how many devices).
-      implied: left out of a cell's identity where it has its default: for a field that came later than runs without it,
-        which are the same runs.
-      may_be_empty: of a tuple, as `--name=`.
-    """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "identity": identity, "implied": implied}
-    return dataclasses.field(default=default, metadata=metadata | {"may_be_empty": may_be_empty})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +69,34 @@ def identity(cell: Any) -> dict[str, Any]:
 
 def main(experiment: Experiment) -> None:
     """Parses the command line, runs the experiment, exits with its code."""
-    _define_flags(experiment)
+    define_flags(experiment)
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which kinds of device the machine does not have
-    app.run(lambda _: sys.exit(_guarded(experiment)), flags_parser=parse_flags)
+    app.run(lambda _: sys.exit(guarded(lambda: _launch(experiment, flags.FLAGS))), flags_parser=parse_flags)
 
 
-def _define_flags(experiment: Experiment) -> None:
+def load(name: str) -> Experiment:
+    """The experiment of that name.
+
+    Raises:
+      UsageError: there is none.
+    """
+    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nEXPERIMENT = " in path.read_text())
+    if name not in known:
+        raise UsageError(f"there is no experiment {name!r}; there are {', '.join(known)}")
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
+
+
+def define_flags(experiment: Experiment) -> None:
+    """Defines the flags of an experiment: those of its Config, and those that all have."""
     # absl's --help lists the flags of the script that was started; these are its flags, wherever they are defined.
     script = {"module_name": sys.argv[0]}
     for field in dataclasses.fields(experiment.config):
-        _define_flag(field, script)
+        options.define(field, script)
     workdir = f"runs/{experiment.name}"
     cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "carousel")
     flags.DEFINE_string("workdir", workdir, "Folder of the run folders, tables and figures.", **script)
     flags.DEFINE_bool("smoke", False, "Every cell, tiny: to try a command line, not for its numbers.", **script)
+    flags.DEFINE_string("only_cell", None, "Train the cell of this name alone, without a report.", **script)
     flags.DEFINE_bool("report_only", False, "Tables and figures again, from finished run folders.", **script)
     flags.DEFINE_string("compilation_cache", cache, "Folder that keeps compiled programs; empty: off.", **script)
     if experiment.presets:
@@ -115,23 +104,8 @@ def _define_flags(experiment: Experiment) -> None:
         flags.DEFINE_enum("preset", None, recipes, "A published recipe; other flags override it.", **script)
 
 
-def _define_flag(field: dataclasses.Field, script: Mapping[str, str]) -> None:
-    kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    help_text, choices = field.metadata["help"], list(field.metadata["choices"])
-    kind = kind.replace(" | None", "")
-    if kind.startswith("tuple"):
-        if choices:
-            help_text += f" Any of: {', '.join(choices)}."
-        default = None if field.default is None else [str(value) for value in field.default]
-        flags.DEFINE_list(field.name, default, help_text, **script)
-    elif choices:
-        flags.DEFINE_enum(field.name, field.default, choices, help_text, **script)
-    else:
-        define = {"int": flags.DEFINE_integer, "float": flags.DEFINE_float, "bool": flags.DEFINE_bool}
-        define.get(kind, flags.DEFINE_string)(field.name, field.default, help_text, **script)
-
-
 def parse_flags(argv: list[str]) -> list[str]:
+    """Reads a command line into `flags.FLAGS`; exits with one line where it is no right one."""
     try:
         rest = flags.FLAGS(argv)
         if rest[1:]:
@@ -148,10 +122,10 @@ def _fail(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _guarded(experiment: Experiment) -> int:
-    """Runs the experiment; what a user can do something about ends in one line."""
+def guarded(command: Callable[[], int]) -> int:
+    """The exit code of a command; what a user can do something about ends in one line."""
     try:
-        return _launch(experiment, flags.FLAGS)
+        return command()
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return stop.exit_code
@@ -178,7 +152,7 @@ def parse_config(experiment: Experiment, values: flags.FlagValues) -> Any:
     given = {}
     for field in dataclasses.fields(experiment.config):
         if values[field.name].present:
-            given[field.name] = _read(field, values[field.name].value)
+            given[field.name] = options.read(field, values[field.name].value)
     chosen = dict(experiment.presets[values.preset]) if experiment.presets and values.preset else {}
     smoke = dict(experiment.smoke) if values.smoke else {}
     for group in experiment.exclusive:
@@ -199,73 +173,121 @@ def _exclusive_of(experiment: Experiment, names: Mapping[str, Any]) -> set[str]:
     return {name for group in experiment.exclusive if set(group) & set(names) for name in group}
 
 
-def _read(field: dataclasses.Field, value: Any) -> Any:
-    """The value of a field from that of its flag, within the field's choices and bounds."""
-    shown = f"--{field.name}={','.join(value) if isinstance(value, list) else value}"
-    choices, minimum = field.metadata["choices"], field.metadata["minimum"]
-    read = value
-    if isinstance(value, list):
-        try:
-            read = tuple((int if "int" in str(field.type) else str)(part) for part in value)
-        except ValueError:
-            raise UsageError(f"{shown} is not a list of whole numbers: write --{field.name}=1,2,3") from None
-        if not read and not field.metadata["may_be_empty"]:
-            raise UsageError(f"{shown} is empty: give at least one value")
-        if len(set(read)) < len(read):
-            raise UsageError(f"{shown} names a value twice: give each once")
-    for part in read if isinstance(read, tuple) else (read,):
-        if choices and part not in choices:
-            raise UsageError(f"{shown}: {part!r} is unknown; choose from {', '.join(choices)}")
-        if minimum is not None and part is not None and not part >= minimum:
-            raise UsageError(f"{shown}: give at least {minimum}")
-    return read
-
-
-class _StopRequest:
+class StopRequest:
     """Turns the first SIGTERM or SIGINT into a question that the trainer asks; a second SIGINT ends at once."""
 
-    def __init__(self):
-        self._asked = False
+    def __init__(self, announcement: str = "stopping: a checkpoint is written after the steps in flight"):
+        self._asked, self._announcement = False, announcement
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._handle)
 
     def _handle(self, number, frame):
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._asked:
+            print(f"\n{self._announcement}", file=sys.stderr)
         self._asked = True
-        print("\nstopping: a checkpoint is written after the steps in flight", file=sys.stderr)
 
     def __call__(self) -> bool:
         return self._asked
 
 
-def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What a command line asks for: the cells, and where their runs go."""
+
+    config: Any
+    cells: list[Any]
+    workdir: Path
+
+    @property
+    def names(self) -> list[str]:
+        return [cell.name for cell in self.cells]
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.workdir / "runs" / name for name in self.names]
+
+
+def grid_of(experiment: Experiment, values: flags.FlagValues) -> Grid:
+    """The grid that the flags ask for.
+
+    Raises:
+      UsageError: there is no such grid.
+    """
     config = parse_config(experiment, values)
-    cells = experiment.cells(config)
-    workdir = Path(values.workdir)
-    stop = _StopRequest()
-    failures = []
-    if not values.report_only:
-        failures = _run_all(experiment, cells, workdir, stop, values, getattr(config, "devices", None))
-    experiment.report(workdir, [cell.name for cell in cells])
+    return Grid(config, experiment.cells(config), Path(values.workdir))
+
+
+def prepare(experiment: Experiment, grid: Grid) -> None:
+    """Checks all cells before the first is trained, then makes their run folders: what is pending can be seen there.
+
+    Raises:
+      CarouselError: a cell cannot be trained, or a folder holds something else.
+    """
+    from research.training import run_folder
+
+    for cell, path in zip(grid.cells, grid.folders, strict=True):
+        experiment.check(cell)
+        run_folder.check_config(path, identity(cell))
+    for cell, path in zip(grid.cells, grid.folders, strict=True):
+        run_folder.reserve(path, identity(cell))
+
+
+def threads(devices: int | None) -> int:
+    """Threads for XLA, as launch/run has it: the usable cores, and at least four for each of several CPU devices."""
+    from research.training import environment
+
+    return max(environment.usable_cores() or 1, 4 * devices if devices and devices > 1 else 1)
+
+
+# Flags that say where and how much of an experiment runs here, and nothing of what it is.
+_OF_THE_PLACE = ("workdir", "compilation_cache", "only_cell", "report_only")
+
+
+def without_flags(words: Sequence[str], names: Sequence[str] = _OF_THE_PLACE) -> list[str]:
+    """A command line's words without these flags and their values: what makes the same runs, wherever."""
+    kept, skip = [], False
+    for word in words:
+        name, equals, _ = word.lstrip("-").partition("=")
+        if skip:
+            skip = False
+        elif word.startswith("-") and name.removeprefix("no") in names and flags.FLAGS[name.removeprefix("no")].boolean:
+            continue
+        elif word.startswith("-") and name in names:
+            skip = not equals
+        else:
+            kept.append(word)
+    return kept
+
+
+def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
+    grid = grid_of(experiment, values)
+    if values.only_cell is not None:
+        chosen = [cell for cell in grid.cells if cell.name == values.only_cell]
+        if not chosen:
+            raise UsageError(f"--only_cell={values.only_cell}: the cells are {', '.join(grid.names)}")
+        grid = dataclasses.replace(grid, cells=chosen)
+    stop = StopRequest()
+    failures = [] if values.report_only else _run_all(experiment, grid, stop, values)
+    if values.only_cell is None:
+        experiment.report(grid.workdir, grid.names)
     kind = "diverged" if experiment.divergence_is_a_result else "error"
     for failure in failures:
         print(f"{kind}: {failure}", file=sys.stderr)
     return CarouselError.exit_code if failures and not experiment.divergence_is_a_result else 0
 
 
-def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
+def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], values: flags.FlagValues) -> list[str]:
     # Imported late: --help and usage errors answer without loading JAX.
     import jax
 
     from experiments import precision
-    from research.training import environment, loop, run_folder
+    from research.training import environment, loop, run_folder, status
     from research.training.progress import Reporter
 
-    # As launch/run does, for those who call Python themselves; read when the first device is used.
-    os.environ.setdefault(
-        "NPROC", str(max(environment.usable_cores() or 1, 4 * devices if devices and devices > 1 else 1))
-    )
+    devices = getattr(grid.config, "devices", None)
+    os.environ.setdefault("NPROC", str(threads(devices)))  # for those who call Python themselves; read at first use
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
     if values.compilation_cache:
@@ -273,24 +295,27 @@ def _run_all(experiment, cells, workdir, stop, values, devices) -> list[str]:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    command = ("python", "-m", f"experiments.{experiment.name}", *sys.argv[1:])
-    folders = [workdir / "runs" / cell.name for cell in cells]
-    for cell, path in zip(cells, folders, strict=True):
-        experiment.check(cell)
+    command = ("python", "-m", f"experiments.{experiment.name}", *without_flags(sys.argv[1:]))
+    for cell in grid.cells:
         precision.check(cell)
-        run_folder.check_config(path, identity(cell))  # all of them before the first is trained
+    prepare(experiment, grid)
     failures = []
     with Reporter() as reporter:
-        for number, (cell, path) in enumerate(zip(cells, folders, strict=True), start=1):
-            label = f"[{number}/{len(cells)}] {cell.name}"
+        for number, (cell, path) in enumerate(zip(grid.cells, grid.folders, strict=True), start=1):
+            label = f"[{number}/{len(grid.cells)}] {cell.name}"
             if run_folder.finished(path):
                 reporter.note(f"{label}: finished before")
                 result = run_folder.read_result(path)
             else:
                 if stop():
-                    done = number - 1
-                    raise Interrupted(f"{workdir}: {done} of {len(cells)} cells are finished; the same command goes on")
-                with run_folder.open_run(path, identity(cell)) as folder, precision.products(cell):
+                    done = f"{number - 1} of {len(grid.cells)} cells are finished"
+                    raise Interrupted(f"{grid.workdir}: {done}; the same command goes on")
+                with (
+                    run_folder.open_run(path, identity(cell)) as folder,
+                    status.kept(path) as keeper,
+                    precision.products(cell),
+                ):
+                    reporter.listener = keeper.progress
                     try:
                         result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
                     except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted

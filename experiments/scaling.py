@@ -30,7 +30,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import benchmark_timing as timing
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 from experiments.scaling_report import AXES, points, report
 from research.errors import CarouselError, Interrupted, UsageError
 

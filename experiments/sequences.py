@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import precision, training
-from experiments.runner import option
+from experiments.options import option
 from experiments.sequence_recipes import RECIPES
 from experiments.sequence_tasks import TASKS, Loaded, text_path
 from research.errors import CarouselError, UsageError

@@ -16,10 +16,16 @@ from typing import Any
 
 from research.errors import CarouselError
 
+# Of a training's result: how long it took, which no two runs agree on. (What a benchmark measures has other names.)
+_OF_THE_MACHINE = ("seconds", "examples_per_second")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One finished run: the parsed files of its folder, and the SHA-256 of their bytes."""
+    """One finished run: the parsed files of its folder, and a SHA-256 of what it was, learned and resulted in.
+
+    Equal runs have equal hashes wherever and whenever they were made: environment, times and speeds are left out.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -45,18 +51,19 @@ def read_run(path: Path) -> Run:
     Raises:
       CarouselError: a file is missing or cannot be parsed.
     """
-    digest = hashlib.sha256()
     try:
         contents = []
         for name in ("config.json", "environment.json", "result.json", "metrics.jsonl"):
             text = (path / name).read_bytes()
-            digest.update(text)
             contents.append([json.loads(line) for line in text.splitlines()] if name[-1] == "l" else json.loads(text))
     except (OSError, ValueError) as error:
         raise CarouselError(
             f"{path / name}: not readable as part of a finished run ({error}); run its cell again"
         ) from None
-    return Run(path, *contents[:3], metrics=contents[3], sha256=digest.hexdigest())
+    config, _, result, metrics = contents
+    lasting = {name: value for name, value in result.items() if name not in _OF_THE_MACHINE}
+    digest = hashlib.sha256(json.dumps([config, lasting, metrics], sort_keys=True).encode())
+    return Run(path, *contents, sha256=digest.hexdigest())
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:

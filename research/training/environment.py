@@ -43,7 +43,7 @@ def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[
     """Returns the content of environment.json; initialises JAX's backend.
 
     Args:
-        command: The command line of the run, word by word.
+        command: What makes the run again, word by word; how this process was started is recorded besides (`argv`).
         data_checksums: What the readers of the data sets verified: name -> digest.
     """
     devices = jax.devices()
@@ -62,6 +62,7 @@ def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[
         "hostname": socket.gethostname(),
         "source": source_state(_ROOT),
         "command": shlex.join(command),
+        "argv": shlex.join(sys.orig_argv),
         "data_checksums": dict(data_checksums),
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -27,6 +28,8 @@ class Reporter:
             disable=not self._live,
         )
         self._task = None
+        self.listener: Callable[[int, int, float | None, str], None] = lambda *progress: None
+        """Told of step, steps, seconds left and a line about the last stretch, as often as the screen is."""
 
     def __enter__(self):
         self._bar.start()
@@ -46,17 +49,19 @@ class Reporter:
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(label, total=steps, completed=at, status="compiling")
+        self.listener(at, steps, None, "compiling")
 
     def update(self, step: int, metrics: dict[str, float], seconds: float, examples_per_second: float) -> None:
         """The run reached `step`; the last stretch took `seconds` of training."""
         taken = step - self._at
         self._seconds += seconds
         remaining = self._seconds / taken * (self._steps - step) if taken else 0.0
-        rate, left = f"{examples_per_second:,.0f}", _clock(remaining)
+        rate, left = f"{examples_per_second:,.0f}", clock(remaining)
         # Short, so that label, bar and status fit 80 columns.
         error = f"{metrics['error']:.1%} " if "error" in metrics else ""  # not every task has one
-        short = f"loss {metrics['loss']:.3g} {error}{rate}/s {left} left"
-        self._bar.update(self._task, completed=step, status=short)
+        short = f"loss {metrics['loss']:.3g} {error}{rate}/s"
+        self._bar.update(self._task, completed=step, status=f"{short} {left} left")
+        self.listener(step, self._steps, remaining, short)
         if not self._live and (time.monotonic() - self._last_line >= _LINE_EVERY or step == self._steps):
             self._last_line = time.monotonic()
             error = f"error {metrics['error']:.1%}  " if "error" in metrics else ""
@@ -64,7 +69,8 @@ class Reporter:
             self.note(f"{self._label}  step {step}/{self._steps}  {long}")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -5,6 +5,7 @@
     metrics.jsonl      one line per logged step, bitwise the same however often the run was killed
     checkpoints/       research/training/checkpoint.py
     result.json        written last and atomically: the mark of a finished run
+    status.json        of a run that is not finished: how far it is (research/training/status.py)
     lock               held while a process writes here; its content names that process
 
 Every file except metrics.jsonl appears under its name complete or not at all: it is written under a temporary name,
@@ -170,7 +171,7 @@ def open_run(path: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
         make_folder(path)
     except OSError as error:
         raise io_error(path, error, action="make the run folder") from error
-    with _locked(path):
+    with locked(path):
         sweep_temporaries(path)
         check_config(path, config)
         if not (path / CONFIG).exists():
@@ -182,8 +183,21 @@ def open_run(path: str | Path, config: dict[str, Any]) -> Iterator[RunFolder]:
             metrics.close()
 
 
+def reserve(path: str | Path, config: dict[str, Any]) -> None:
+    """Makes the run folder `path` of a run to come, with its config.json, where there is none; errors as `open_run`."""
+    if not (Path(path) / CONFIG).exists():
+        with open_run(path, config):
+            pass
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: str | Path, what: str = "run folder") -> Iterator[None]:
+    """Keeps other processes out of `folder` until the end, or until this process dies in whatever way.
+
+    Raises:
+        CarouselError: another process holds it, or the lock cannot be written.
+    """
+    folder = Path(folder)
     # flock and not the mere existence of a file: the system frees it when the process dies, however it dies. The file
     # stays, since deleting it would let a third process lock a new one while the second still waits for the old.
     try:
@@ -191,14 +205,14 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise io_error(folder / LOCK, error) from error
     try:
-        _take_lock(descriptor, folder)
+        _take_lock(descriptor, folder, what)
         yield
     finally:
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a forked child has the file open too
         os.close(descriptor)
 
 
-def _take_lock(descriptor: int, folder: Path) -> None:
+def _take_lock(descriptor: int, folder: Path, what: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(descriptor, 0)
@@ -206,7 +220,7 @@ def _take_lock(descriptor: int, folder: Path) -> None:
     except BlockingIOError as error:
         owner = os.read(descriptor, 1000).decode().strip() or "another process"
         cure = "wait for it or choose another --workdir"
-        raise CarouselError(f"run folder {folder} is being written by {owner}; {cure}") from error
+        raise CarouselError(f"{what} {folder} is being written by {owner}; {cure}") from error
     except OSError as error:
         raise io_error(folder / LOCK, error, action="lock") from error
 

@@ -28,12 +28,12 @@ def command():
 
     def call(experiment, *arguments, stop=lambda: False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "_StopRequest", lambda: stop)  # it would take over pytest's signals
+            patch.setattr(runner, "StopRequest", lambda: stop)  # it would take over pytest's signals
             patch.setenv("NPROC", os.environ.get("NPROC", "2"))
-            runner._define_flags(experiment)
+            runner.define_flags(experiment)
             try:
                 runner.parse_flags([experiment.name, "--compilation_cache=", *map(str, arguments)])
-                return runner._guarded(experiment)
+                return runner.guarded(lambda: runner._launch(experiment, runner.flags.FLAGS))
             except SystemExit as stopped:
                 return stopped.code
             finally:

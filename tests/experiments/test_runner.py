@@ -11,8 +11,10 @@ import pytest
 from absl import flags
 
 from experiments import runner
-from experiments.runner import Experiment, option
+from experiments.options import option
+from experiments.runner import Experiment
 from research.errors import UsageError
+from research.training import status
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,7 +52,7 @@ def parse():
     def call(*arguments):
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
-        runner._define_flags(EXPERIMENT)
+        runner.define_flags(EXPERIMENT)
         runner.parse_flags(["toy", *arguments])
         return runner.parse_config(EXPERIMENT, flags.FLAGS)
 
@@ -201,7 +203,8 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.runner import Experiment, main, option
+from experiments.options import option
+from experiments.runner import Experiment, main
 
 
 @dataclasses.dataclass(frozen=True)
@@ -405,3 +408,46 @@ def test_starting_loads_neither_jax_nor_a_drawing_library(commands):
     )
     done = commands.script(script, *names)
     assert done.stdout == "[]\n", done.stderr
+
+
+# What launchers use
+
+
+def test_one_cell_of_the_grid_without_a_report(toy, tmp_path):
+    done = toy("--sizes=1,2", "--only_cell=size-2")
+    assert (done.returncode, done.stdout) == (0, "running size-2\n")
+    assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["size-2"]
+    done = toy("--sizes=1,2", "--only_cell=size-3")
+    assert done.returncode == 2
+    assert done.stderr == "error: --only_cell=size-3: the cells are size-1, size-2\n"
+
+
+def test_cells_to_come_can_be_seen(toy, tmp_path):
+    assert toy("--sizes=4,5", "--error=carousel").returncode == 1
+    work = tmp_path / "work"
+    told = {each.name: (each.state, each.message) for each in status.read_all(work)}
+    assert told == {"size-4": ("failed", "what happened"), "size-5": ("pending", "")}
+    assert toy("--sizes=4,5").returncode == 0
+    assert {each.state for each in status.read_all(work)} == {"done"}
+
+
+def test_the_recorded_command_makes_the_same_runs_elsewhere(parse):
+    parse()
+    words = [
+        "--sizes=1,2",
+        "--workdir=a",
+        "--loud",
+        "--workdir",
+        "b",
+        "--only_cell",
+        "c",
+        "--noreport_only",
+        "--count=1",
+    ]
+    assert runner.without_flags(words) == ["--sizes=1,2", "--loud", "--count=1"]
+
+
+def test_experiments_by_name():
+    assert runner.load("depth_ablation").name == "depth_ablation"
+    with pytest.raises(UsageError, match="no experiment 'describe'; there are benchmark, depth_ablation, "):
+        runner.load("describe")

@@ -32,16 +32,28 @@ def test_another_file_of_the_folder(make_run):
     assert run.read_json("other.json") is None
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json", "metrics.jsonl"])
-def test_every_file_counts_in_the_hash_and_is_needed(make_run, name):
-    run = make_run("a", {"depth": 8}, [0.5])
+def test_the_hash_is_of_what_a_run_was_and_not_of_where(make_run):
+    of_the_machine = {"seconds": {"train": 1.5}, "examples_per_second": 100.0}
+    run = make_run("a", {"depth": 8}, [0.5], {"params": 10} | of_the_machine)
     assert results.read_run(run.path) == run
+    elsewhere = make_run("b", {"depth": 8}, [0.5], {"params": 10, "seconds": {"train": 9.5}})
+    assert elsewhere.sha256 == run.sha256 and elsewhere.path != run.path
+    for number, other in enumerate(
+        (
+            ({"depth": 20}, [0.5], {"params": 10}),
+            ({"depth": 8}, [0.25], {"params": 10}),
+            ({"depth": 8}, [0.5], {"params": 11}),
+            ({"depth": 8}, [0.5], {"params": 10, "step_seconds": 1.5}),  # what a benchmark measures
+        )
+    ):
+        assert make_run(f"c{number}", *other).sha256 != run.sha256
+
+
+@pytest.mark.parametrize("name", ["config.json", "environment.json", "result.json", "metrics.jsonl"])
+def test_every_file_is_needed(make_run, name):
+    run = make_run("a", {"depth": 8}, [0.5])
     path = run.path / name
     content = path.read_bytes()
-    path.write_bytes(content.replace(b": ", b":  ", 1))  # the same values, other bytes
-    changed = results.read_run(run.path)
-    assert changed.sha256 != run.sha256
-    assert (changed.config, changed.environment, changed.result) == (run.config, run.environment, run.result)
     for damage in (lambda: path.write_bytes(content[:-3]), path.unlink):
         damage()
         with pytest.raises(CarouselError) as caught:

@@ -94,7 +94,7 @@ def test_the_remaining_time_of_a_resumed_run_counts_the_steps_of_this_sitting(cl
     ],
 )
 def test_clock(seconds, shown):
-    assert progress._clock(seconds) == shown
+    assert progress.clock(seconds) == shown
 
 
 class Terminal(io.StringIO):
