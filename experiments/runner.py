@@ -11,6 +11,8 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,15 +76,19 @@ def main(experiment: Experiment) -> None:
     app.run(lambda _: sys.exit(guarded(lambda: _launch(experiment, flags.FLAGS))), flags_parser=parse_flags)
 
 
+def names() -> list[str]:
+    """The experiments that there are."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nEXPERIMENT = " in path.read_text())
+
+
 def load(name: str) -> Experiment:
     """The experiment of that name.
 
     Raises:
       UsageError: there is none.
     """
-    known = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nEXPERIMENT = " in path.read_text())
-    if name not in known:
-        raise UsageError(f"there is no experiment {name!r}; there are {', '.join(known)}")
+    if name not in names():
+        raise UsageError(f"there is no experiment {name!r}; there are {', '.join(names())}")
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 
@@ -261,6 +267,17 @@ def without_flags(words: Sequence[str], names: Sequence[str] = _OF_THE_PLACE) ->
     return kept
 
 
+LAUNCHER = "CAROUSEL_LAUNCHER"
+"""Variable with the number of the process that started this one and without which it is not wanted."""
+
+
+def _end_with(parent: int) -> None:
+    """Asks this process to stop, as SIGTERM does, when its parent is another: the launcher was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
     grid = grid_of(experiment, values)
     if values.only_cell is not None:
@@ -269,6 +286,8 @@ def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
             raise UsageError(f"--only_cell={values.only_cell}: the cells are {', '.join(grid.names)}")
         grid = dataclasses.replace(grid, cells=chosen)
     stop = StopRequest()
+    if LAUNCHER in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
     failures = [] if values.report_only else _run_all(experiment, grid, stop, values)
     if values.only_cell is None:
         experiment.report(grid.workdir, grid.names)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_a_whole_command(commands, tmp_path):
         folder = tmp_path / "runs" / f"{variant}-basic-20-w4-b4-digits-seed0"
         result = results[variant] = json.loads((folder / "result.json").read_text())
         assert {len(result[name]) for name in STATISTICS} == {9} and result["params"] > 10_000
-        assert json.loads((folder / "environment.json").read_text())["command"].endswith(f"--workdir={tmp_path}")
+        environment = json.loads((folder / "environment.json").read_text())
+        assert environment["command"] == f"python -m experiments.propagation {shlex.join(flags)}"  # wherever it ran
+        assert environment["argv"].endswith(f" {shlex.join(flags)} --workdir={tmp_path}")
     # The point of the experiment, in single precision.
     identity, scaled = results.values()
     assert max(identity["forward_residue"]) < 1e-5 < 0.1 < max(scaled["forward_residue"])
