@@ -122,8 +122,10 @@ def write_json_atomic(path: str | Path, obj: Any) -> None:
         raise io_error(path, error) from error
 
 
-def read_json(path: str | Path) -> Any:
-    """Returns the content of a JSON file.
+def read_json(
+    path: str | Path, *, cure: str = "restore it from a copy, or delete the run's folder and run again"
+) -> Any:
+    """Returns the content of a JSON file; `cure` is what to do where it is damaged.
 
     Raises:
         CarouselError: the file is missing, unreadable or not JSON.
@@ -133,5 +135,4 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise CarouselError(f"cannot read {path}: {error.strerror}; is this the folder of a run?") from error
     except ValueError as error:
-        cure = "restore it from a copy, or delete the run's folder and run again"
         raise CarouselError(f"{path} is not valid JSON ({error}); {cure}") from error

@@ -1,10 +1,12 @@
 """The state of the lowest error on the validation split, kept beside the newest ones; of several seeds each its own."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from research.errors import CarouselError
 from research.training import checkpoint, state
 from research.training.state import TrainState
 
@@ -43,6 +45,44 @@ def keep(folder: Path, step: int, current: TrainState, found: dict[str, Any], be
     }
     checkpoint.save_best(folder, step, arrays, evaluated)
     return evaluated
+
+
+def check(folder: Path, newest: checkpoint.Checkpoint, needed: bool, log: Callable[[str], None]) -> None:
+    """Looks, before a run goes on, whether the best state is there on which its newest checkpoint counts.
+
+    Where it is not, but is that checkpoint's own state, it is written again.
+
+    Args:
+      folder: of the checkpoints.
+      newest: from which the run goes on.
+      needed: whether the run cannot end well without.
+      log: takes a line where something was wrong.
+
+    Raises:
+      CarouselError: the state is needed and lost.
+    """
+    evaluated, path = newest.metadata["evaluated"], folder / checkpoint.BEST
+    if evaluated is None:
+        return
+    steps = np.ravel(evaluated["step"])
+    try:
+        if checkpoint.load(path).step >= steps.max():  # later: killed before the checkpoint that would tell of it
+            return
+        problem = f"{path} is older than the run's best state, of step {steps.max()}"
+    except checkpoint.DamagedCheckpoint as error:
+        problem = f"{path} is damaged ({error.reason})"
+    except CarouselError:
+        if path.exists():
+            raise
+        problem = f"{path} is missing"
+    if (steps == newest.step).all():
+        checkpoint.save_best(folder, newest.step, newest.arrays, evaluated)
+        log(f"{problem}: written again from the checkpoint of step {newest.step}")
+    elif needed:
+        cure = f"restore it from a copy, or delete {folder} to start the run from the beginning"
+        raise CarouselError(f"{problem}, and the run's result needs it: {cure}")
+    else:
+        log(f"{problem}: the run goes on without, since its result is of the last state; a better one replaces it")
 
 
 def restore(folder: Path, like: TrainState) -> TrainState:

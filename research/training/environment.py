@@ -22,8 +22,8 @@ from typing import Any
 import jax
 from jax.extend import backend
 
-from research.files import read_json, write_json_atomic
-from research.training.run_folder import ENVIRONMENT, differing_fields
+from research.files import write_json_atomic
+from research.training.run_folder import CHECKPOINTS, ENVIRONMENT, FORMAT, differing_fields, read_environment
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "chex", "numpy")
 _VARIABLES = ("NPROC", "XLA_FLAGS")
@@ -48,6 +48,7 @@ def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[
     """
     devices = jax.devices()
     return {
+        "format": FORMAT,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "variables": {name: os.environ.get(name) for name in _VARIABLES},
         "jax_options": {name: getattr(jax.config, name) for name in _OPTIONS},
@@ -60,7 +61,7 @@ def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[
         "cpu": {"model": _cpu_model(), "instruction_set": isa(), "usable_cores": usable_cores()},
         "system": platform.platform(),
         "hostname": socket.gethostname(),
-        "source": source_state(_ROOT),
+        "source": source_state(_ROOT) | {"sha256": source_digest(_ROOT)},
         "command": shlex.join(command),
         "argv": shlex.join(sys.orig_argv),
         "data_checksums": dict(data_checksums),
@@ -139,6 +140,25 @@ def source_state(root: Path) -> dict[str, Any]:
     return {"commit": commit[1], "dirty": any(not line.startswith("#") for line in answer.stdout.splitlines())}
 
 
+def source_digest(root: Path) -> str:
+    """Returns a SHA-256 of the Python files below `root` that results come from; where there is no git, too."""
+    digest = hashlib.sha256()
+    for path in sorted(path for name in _SOURCES for path in (root / name).rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _other_code(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """What to say where two sittings' sources are not known to be the same: 'commit abc -> def with changes'."""
+    if old.get("sha256"):  # records had no digest at first
+        same = old["sha256"] == new["sha256"]
+    else:
+        same = old.get("commit") == new["commit"] and not old.get("dirty") and not new["dirty"]
+    shown = [f"{(s.get('commit') or 'unknown')[:12]}{' with changes' if s.get('dirty') else ''}" for s in (old, new)]
+    return None if same else f"code: commit {' -> '.join(shown)}"
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -167,10 +187,15 @@ def _first_processor(cpuinfo: Path) -> dict[str, str]:
 def record(folder: Path, command: Sequence[str], data_checksums: Mapping[str, str], log: Callable[[str], None]) -> None:
     """Writes environment.json of a run; warns where a run that goes on left the tuple within which bits are equal."""
     path, now = folder / ENVIRONMENT, describe(command, data_checksums)
-    if path.exists():
-        before = read_json(path)
+    before, may_differ = read_environment(folder), "this sitting may not give the bits of the one before it"
+    if before is not None:
         if before.get("data_checksums") != now["data_checksums"]:
             log(f"warning: {folder}: the data files are not those that the run began with")
-        if changed := differences(before, now):
-            log(f"warning: {folder}: this sitting may not give the bits of the one before it: {'; '.join(changed)}")
+        changed = differences(before, now)
+        if other := _other_code(before.get("source") or {}, now["source"]):
+            changed.append(other)
+        if changed:
+            log(f"warning: {folder}: {may_differ}: {'; '.join(changed)}")
+    elif (folder / CHECKPOINTS).exists():
+        log(f"warning: {folder}: {may_differ}, since {ENVIRONMENT}, which told where that was, is missing or damaged")
     write_json_atomic(path, now)

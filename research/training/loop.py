@@ -172,7 +172,7 @@ def train(
         initial = jax.device_get(state.initialize(make_model(), optimizer, plan.seed, inputs))
         if start is not None:
             initial = state.replace_variables(initial, start)
-    current, evaluated = _restore(context, initial, timers)
+    current, evaluated = _restore(plan, context, initial, timers)
     current = parallel.replicate(current, mesh)
     data = parallel.replicate(dict(splits.arrays), mesh)
     key = parallel.replicate(state.stream(plan.seed, "augmentation"), mesh)
@@ -199,7 +199,8 @@ def train(
 
     def save():
         with timers("checkpoint"):
-            metadata = {"metrics_bytes": folder.metrics.flush(), "seconds": timers.seconds, "evaluated": evaluated}
+            written = {"metrics_bytes": folder.metrics.flush(), "metrics_sha256": folder.metrics.sha256}
+            metadata = {**written, "seconds": timers.seconds, "evaluated": evaluated}
             checkpoint.save(folder.checkpoints, at, state.flatten(current), metadata)
             return time.monotonic()
 
@@ -315,17 +316,25 @@ def _check_finite(losses: np.ndarray, at: int, context: Context) -> np.ndarray:
     )
 
 
-def _restore(context: Context, initial: TrainState, timers: Timers):
+def _restore(plan: Plan, context: Context, initial: TrainState, timers: Timers):
     """The newest usable state and best evaluation of the run folder, its metrics file cut back to that moment."""
     folder, reporter = context.folder, context.reporter
     with timers("checkpoint"):
         newest = checkpoint.latest(folder.checkpoints, log=reporter.note)
-    while newest is not None and not folder.metrics.truncate(newest.metadata["metrics_bytes"]):
-        reporter.note(f"{folder.path}: metrics.jsonl lost records that the checkpoint of step {newest.step} counts on")
+    while newest is not None and not folder.metrics.truncate(
+        newest.metadata["metrics_bytes"], newest.metadata.get("metrics_sha256")
+    ):
+        reporter.note(
+            f"{folder.path}: records in metrics.jsonl that the checkpoint of step {newest.step} counts on are lost or "
+            "changed; an older one is used"
+        )
         newest = checkpoint.latest(folder.checkpoints, log=reporter.note, before=newest.step)
     if newest is None:
+        if folder.metrics.path.stat().st_size:
+            reporter.note(f"{context.label}: starts from the beginning, for there is no checkpoint to go on from")
         folder.metrics.truncate(0)
         return initial, None
+    best.check(folder.checkpoints, newest, plan.select == "best" or np.ndim(plan.seed) > 0, reporter.note)
     for name, spent in newest.metadata["seconds"].items():
         timers.seconds[name] += spent
     restored = state.unflatten(newest.arrays, initial, str(newest.path))

@@ -9,12 +9,18 @@
     lock               held while a process writes here; its content names that process
 
 Every file except metrics.jsonl appears under its name complete or not at all: it is written under a temporary name,
-flushed to the disk and renamed. metrics.jsonl grows; each checkpoint records its size, and a resumed run cuts it back
-to that size first.
+flushed to the disk and renamed. metrics.jsonl grows; a checkpoint records its size and SHA-256, and a resumed run cuts
+it back to that first.
+
+Formats. `FORMAT` counts the changes after which an unfinished run cannot be gone on with; environment.json holds the
+number with which a run was begun. Such a run is refused with the commit that can finish it; a finished one can be read.
+
+    1  what stands above; folders without a number, which are older than the numbers, are of this format too
 """
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -36,6 +42,7 @@ from research.files import (
 
 CONFIG, ENVIRONMENT, METRICS, RESULT = "config.json", "environment.json", "metrics.jsonl", "result.json"
 CHECKPOINTS, LOCK = "checkpoints", "lock"
+FORMAT = 1
 
 
 def differing_fields(old: dict, new: dict, prefix: str = "") -> list[tuple[str, str, str]]:
@@ -66,6 +73,7 @@ class Metrics:
         try:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
             sync_folder(self.path.parent)
+            self._digest = hashlib.sha256(self.path.read_bytes())
         except OSError as error:
             raise io_error(self.path, error) from error
 
@@ -80,7 +88,8 @@ class Metrics:
             CarouselError: the file cannot be written; it is then as it was before, and the records still wait.
         """
         before = os.fstat(self._file.fileno()).st_size
-        rest = memoryview(b"".join(self._waiting))
+        content = b"".join(self._waiting)
+        rest = memoryview(content)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
@@ -89,22 +98,32 @@ class Metrics:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file.fileno(), before)
             raise io_error(self.path, error) from error
+        self._digest.update(content)
         self._waiting.clear()
         return os.fstat(self._file.fileno()).st_size
 
-    def truncate(self, size: int) -> bool:
-        """Cuts the file back to `size` bytes, the size that the checkpoint to resume from recorded; 0 to start over.
+    @property
+    def sha256(self) -> str:
+        """Of what `flush` put on the disk, all in all; checkpoints record it."""
+        return self._digest.hexdigest()
 
-        Returns False, and changes nothing, when the file is shorter than that: records were lost, and the run must
-        go back to an older checkpoint (`checkpoint.latest(..., before=step)`) to write them again.
+    def truncate(self, size: int, sha256: str | None = None) -> bool:
+        """Cuts the file back to what the checkpoint to resume from recorded: `size` bytes with that digest; 0 to start
+        over, None for a checkpoint that recorded no digest.
+
+        Returns False, and changes nothing, when the file does not begin so: records were lost or changed, and the run
+        must go back to an older checkpoint (`checkpoint.latest(..., before=step)`) to write them again.
         """
-        if os.fstat(self._file.fileno()).st_size < size:
-            return False
-        self._waiting.clear()
         try:
+            content = self.path.read_bytes()[:size]
+            digest = hashlib.sha256(content)
+            if len(content) < size or sha256 not in (None, digest.hexdigest()):
+                return False
             os.ftruncate(self._file.fileno(), size)
         except OSError as error:
             raise io_error(self.path, error) from error
+        self._waiting.clear()
+        self._digest = digest
         return True
 
     def close(self) -> None:
@@ -218,7 +237,7 @@ def _take_lock(descriptor: int, folder: Path, what: str) -> None:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except BlockingIOError as error:
-        owner = os.read(descriptor, 1000).decode().strip() or "another process"
+        owner = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
         cure = "wait for it or choose another --workdir"
         raise CarouselError(f"{what} {folder} is being written by {owner}; {cure}") from error
     except OSError as error:
@@ -230,7 +249,7 @@ def check_config(folder: str | Path, config: dict[str, Any]) -> None:
 
     Raises:
         UsageError: the folder belongs to another configuration, or `config` holds NaN or an infinity.
-        CarouselError: it holds a run, but not of which configuration.
+        CarouselError: it holds a run, but not of which configuration, or an unfinished one in another format.
     """
     folder = Path(folder)
     try:
@@ -246,10 +265,37 @@ def check_config(folder: str | Path, config: dict[str, Any]) -> None:
         return
     if CONFIG not in found:
         raise CarouselError(f"{folder} has {found[0]} but no {CONFIG}: {cure}")
+    if CHECKPOINTS in found and RESULT not in found:
+        _check_format(folder)
     fields = differing_fields(read_json(folder / CONFIG), config)
     if fields:
         shown = ", ".join(f"{name} is {old} there and {new} here" for name, old, new in fields)
         raise UsageError(f"run folder {folder} belongs to another configuration: {shown}; {cure}")
+
+
+def _check_format(folder: Path) -> None:
+    """Raises where an unfinished run was begun in another format than this code goes on with."""
+    environment = read_environment(folder) or {}
+    begun = environment.get("format", 1)
+    if begun != FORMAT:
+        source = environment.get("source") or {}
+        commit = f"commit {source.get('commit') or 'unknown'}{' with changes' if source.get('dirty') else ''}"
+        raise CarouselError(
+            f"the unfinished run in {folder} was begun in format {begun} by {commit}, and this code goes on with "
+            f"format {FORMAT}: check out that commit to finish it, or choose another --workdir"
+        )
+
+
+def read_environment(path: str | Path) -> dict[str, Any] | None:
+    """Returns what environment.json of the run folder `path` holds; None where it is missing or damaged.
+
+    No run is refused for that, since nothing is computed from it.
+    """
+    try:
+        found = read_json(Path(path) / ENVIRONMENT)
+    except CarouselError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def finished(path: str | Path) -> bool:
@@ -265,4 +311,5 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """
     if not finished(path):
         raise CarouselError(f"the run in {path} is not finished: start its command again to go on with it")
-    return read_json(Path(path) / RESULT)
+    cure = "delete it and start the same command again, which goes on from the last checkpoint"
+    return read_json(Path(path) / RESULT, cure=cure)

@@ -174,3 +174,64 @@ def test_a_record_warns_where_a_run_that_goes_on_may_change_its_bits(tmp_path, m
     assert len(log) == 2 and all(str(tmp_path) in line and "\n" not in line for line in log)
     assert "data files" in log[0] and 'threads: "8" -> "16"' in log[1]
     assert run_folder.read_json(tmp_path / "environment.json")["variables"]["NPROC"] == "16"
+
+
+def test_a_record_warns_where_other_code_goes_on(tmp_path, monkeypatch):
+    path, log = tmp_path / "environment.json", []
+
+    def sitting(**source):
+        monkeypatch.setattr(environment, "source_state", lambda root: {"commit": "ab" * 20, "dirty": False} | source)
+        environment.record(tmp_path, ["a"], {}, log.append)
+        found = list(log)
+        log.clear()
+        return found
+
+    assert not sitting()
+    assert not sitting(commit="cd" * 20, dirty=True)  # the files that results come from are the same
+    monkeypatch.setattr(environment, "source_digest", lambda root: "0" * 64)
+    (line,) = sitting()
+    assert str(tmp_path) in line and "may not give the bits" in line
+    assert line.endswith("code: commit cdcdcdcdcdcd with changes -> abababababab")
+
+    def without_digest(**source):
+        path.write_text(json.dumps(environment.describe([], {}) | {"source": {"commit": "ab" * 20} | source}))
+
+    # Records of before there were digests.
+    without_digest(dirty=False)
+    assert not sitting()
+    without_digest(dirty=True)
+    assert len(sitting()) == 1
+    without_digest(dirty=False)
+    assert len(sitting(dirty=True)) == 1
+    without_digest(dirty=False)
+    assert len(sitting(commit="cd" * 20)) == 1
+
+
+def test_a_lost_or_damaged_record_is_said_and_written_again(tmp_path):
+    path, log = tmp_path / "environment.json", []
+    environment.record(tmp_path, ["a"], {}, log.append)
+    assert not log
+    (tmp_path / "checkpoints").mkdir()
+    for damage in (path.unlink, lambda: path.write_text('{"versions": '), lambda: path.write_text("[]")):
+        damage()
+        environment.record(tmp_path, ["a"], {}, log.append)
+        (line,) = log
+        assert str(tmp_path) in line and "environment.json" in line and "missing or damaged" in line
+        log.clear()
+        assert run_folder.read_environment(tmp_path)["format"] == run_folder.FORMAT
+
+
+def test_the_digest_of_the_source_sees_every_change_of_code(tmp_path):
+    (tmp_path / "research").mkdir()
+    (tmp_path / "research" / "a.py").write_text("1")
+    digests = [environment.source_digest(tmp_path)]
+    (tmp_path / "research" / "notes.txt").write_text("not code")
+    assert environment.source_digest(tmp_path) == digests[0]
+    for change in (
+        lambda: (tmp_path / "research" / "a.py").write_text("2"),
+        lambda: (tmp_path / "research" / "b.py").write_text(""),
+        lambda: (tmp_path / "research" / "b.py").rename(tmp_path / "research" / "c.py"),
+    ):
+        change()
+        digests.append(environment.source_digest(tmp_path))
+    assert len(set(digests)) == 4

@@ -1,6 +1,7 @@
 """Run folders: one configuration, one writer, files that are whole, and metrics that resume to the byte."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -110,7 +111,42 @@ def test_a_damaged_configuration_or_result_is_one_line(tmp_path):
     assert one_line(caught, tmp_path / "config.json", "not valid JSON", "delete the run's folder")
     with pytest.raises(CarouselError) as caught:
         run_folder.read_result(tmp_path)
-    assert one_line(caught, tmp_path / "result.json", "not valid JSON")
+    assert one_line(caught, tmp_path / "result.json", "not valid JSON", "delete it and start the same command again")
+
+
+def begun(path, **environment):
+    """An unfinished run with a checkpoint, of `environment`."""
+    (path / "checkpoints").mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "environment.json").write_text(json.dumps(environment))
+    return path
+
+
+def test_an_unfinished_run_of_another_format_is_refused_with_the_commit_that_can_finish_it(tmp_path):
+    source = {"commit": "ab12" * 10, "dirty": True}
+    path = begun(tmp_path / "a", format=run_folder.FORMAT + 1, source=source)
+    for config in (CONFIG, {"another": 1}):  # formats may tell configurations in other ways
+        with pytest.raises(CarouselError) as caught:
+            run_folder.check_config(path, config)
+        assert one_line(caught, path, "in format 2 by commit ab12ab12", "with changes, and", "goes on with format 1")
+        assert one_line(caught, "check out that commit to finish it, or choose another --workdir")
+    with pytest.raises(CarouselError, match="was begun in format 2"), run_folder.open_run(path, CONFIG):
+        pytest.fail("opened")
+    (path / "result.json").write_text("{}")
+    run_folder.check_config(path, CONFIG)  # finished ones are only read
+
+
+def test_a_run_without_a_format_is_of_the_first(tmp_path, monkeypatch):
+    for name, environment in (("old", {}), ("new", {"format": 1})):
+        run_folder.check_config(begun(tmp_path / name, **environment), CONFIG)
+    (tmp_path / "old" / "environment.json").write_text("{")
+    (tmp_path / "new" / "environment.json").unlink()
+    for name in ("old", "new"):
+        run_folder.check_config(tmp_path / name, CONFIG)
+    monkeypatch.setattr(run_folder, "FORMAT", 2)
+    for name in ("old", "new"):
+        with pytest.raises(CarouselError, match="was begun in format 1 by commit unknown"):
+            run_folder.check_config(tmp_path / name, CONFIG)
 
 
 def test_what_a_killed_writer_left_is_swept(tmp_path):
@@ -303,6 +339,30 @@ def test_truncate_drops_what_waits_and_refuses_a_file_that_is_too_short(tmp_path
     metrics.append({"step": 2})
     assert metrics.truncate(0)
     assert metrics.flush() == 0
+    metrics.close()
+
+
+def test_the_digest_of_metrics_goes_on_over_sittings_and_finds_a_changed_record(tmp_path):
+    path, known = tmp_path / "metrics.jsonl", {}
+    for sitting in range(3):
+        metrics = run_folder.Metrics(path)
+        for step in range(2):
+            metrics.append({"step": 2 * sitting + step})
+            size = metrics.flush()
+            known[size] = metrics.sha256
+        assert all(hashlib.sha256(path.read_bytes()[:size]).hexdigest() == digest for size, digest in known.items())
+        metrics.append({"step": 99})
+        assert metrics.flush() not in known
+        assert metrics.truncate(size, known[size]) and metrics.sha256 == known[size]
+        metrics.close()
+    content = path.read_bytes()
+    changed = content.replace(b"3", b"2")
+    path.write_bytes(changed)
+    metrics = run_folder.Metrics(path)
+    sizes = sorted(known)
+    assert not any(metrics.truncate(size, known[size]) for size in reversed(sizes[3:]))
+    assert path.read_bytes() == changed
+    assert metrics.truncate(sizes[2], known[sizes[2]])
     metrics.close()
 
 
