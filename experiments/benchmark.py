@@ -245,6 +245,7 @@ EXPERIMENT = Experiment(
     run=run,
     report=report,
     check=check,
+    alone=True,
     smoke={
         "tiny": True,
         "rounds": 2,

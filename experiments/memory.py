@@ -173,6 +173,7 @@ EXPERIMENT = Experiment(
     cells=cells,
     run=run,
     report=report,
+    alone=True,
     smoke={"width": 4, "image_size": 8, "batch_size": 4, "networks": ("bottleneck-20", "bottleneck-38")},
 )
 

@@ -39,6 +39,7 @@ class Experiment:
       exclusive: groups of fields of which at most one may be given; giving one drops a preset's others.
       check: asked of every cell before the first is trained; raises where one cannot be.
       divergence_is_a_result: a diverged cell does not make the exit code 1, since the paper's table has such rows.
+      alone: its cells measure time or memory, and must not run side by side.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Experiment:
     exclusive: Sequence[Sequence[str]] = ()
     check: Callable[[Any], None] = lambda cell: None
     divergence_is_a_result: bool = False
+    alone: bool = False
 
 
 def report_of(module: str) -> Callable[[Path, list[str]], None]:
@@ -288,16 +290,25 @@ def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
     stop = StopRequest()
     if LAUNCHER in os.environ:
         threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
-    failures = [] if values.report_only else _run_all(experiment, grid, stop, values)
-    if values.only_cell is None:
+    if not values.report_only:
+        _run_all(experiment, grid, stop, values)
+    return conclude(experiment, grid, report=values.only_cell is None)
+
+
+def conclude(experiment: Experiment, grid: Grid, report: bool = True) -> int:
+    """Makes the report of the finished cells, tells of those that diverged; returns the exit code."""
+    from research.training import run_folder
+
+    if report:
         experiment.report(grid.workdir, grid.names)
-    kind = "diverged" if experiment.divergence_is_a_result else "error"
+    results = [run_folder.read_result(folder) for folder in grid.folders if run_folder.finished(folder)]
+    failures = [result["failure"] for result in results if result.get("failure")]
     for failure in failures:
-        print(f"{kind}: {failure}", file=sys.stderr)
+        print(f"{'diverged' if experiment.divergence_is_a_result else 'error'}: {failure}", file=sys.stderr)
     return CarouselError.exit_code if failures and not experiment.divergence_is_a_result else 0
 
 
-def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], values: flags.FlagValues) -> list[str]:
+def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], values: flags.FlagValues) -> None:
     # Imported late: --help and usage errors answer without loading JAX.
     import jax
 
@@ -318,28 +329,23 @@ def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], value
     for cell in grid.cells:
         precision.check(cell)
     prepare(experiment, grid)
-    failures = []
     with Reporter() as reporter:
         for number, (cell, path) in enumerate(zip(grid.cells, grid.folders, strict=True), start=1):
             label = f"[{number}/{len(grid.cells)}] {cell.name}"
             if run_folder.finished(path):
                 reporter.note(f"{label}: finished before")
-                result = run_folder.read_result(path)
-            else:
-                if stop():
-                    done = f"{number - 1} of {len(grid.cells)} cells are finished"
-                    raise Interrupted(f"{grid.workdir}: {done}; the same command goes on")
-                with (
-                    run_folder.open_run(path, identity(cell)) as folder,
-                    status.kept(path) as keeper,
-                    precision.products(cell),
-                ):
-                    reporter.listener = keeper.progress
-                    try:
-                        result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
-                    except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted
-                        result = {"failure": str(failure), "failed_at_step": failure.step}
-                    folder.finish(result)
-            if result.get("failure"):
-                failures.append(result["failure"])
-    return failures
+                continue
+            if stop():
+                done = f"{number - 1} of {len(grid.cells)} cells are finished"
+                raise Interrupted(f"{grid.workdir}: {done}; the same command goes on")
+            with (
+                run_folder.open_run(path, identity(cell)) as folder,
+                status.kept(path) as keeper,
+                precision.products(cell),
+            ):
+                reporter.listener = keeper.progress
+                try:
+                    result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
+                except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted
+                    result = {"failure": str(failure), "failed_at_step": failure.step}
+                folder.finish(result)

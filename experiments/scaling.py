@@ -191,6 +191,7 @@ EXPERIMENT = Experiment(
     cells=cells,
     run=run,
     report=report,
+    alone=True,
     smoke={
         "device_counts": (1, 2),
         "depths": (8, 14),

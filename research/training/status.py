@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -154,10 +155,15 @@ def read_all(workdir: str | Path) -> list[Status]:
       CarouselError: there is none.
     """
     runs = Path(workdir) / "runs"
-    folders = sorted(path.parent for path in runs.glob(f"*/{run_folder.CONFIG}"))
+    folders = sorted((path.parent for path in runs.glob(f"*/{run_folder.CONFIG}")), key=_natural)
     if not folders:
         raise CarouselError(f"{runs} has no run folders: give the --workdir of an experiment that was started")
     return [read(folder) for folder in folders]
+
+
+def _natural(path: Path) -> list[Any]:
+    """Sorts depth-8 before depth-20."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _alive(told: dict[str, Any], age: float) -> bool:
