@@ -57,16 +57,17 @@ class Reporter:
         self._seconds += seconds
         remaining = self._seconds / taken * (self._steps - step) if taken else 0.0
         rate, left = f"{examples_per_second:,.0f}", clock(remaining)
-        # Short, so that label, bar and status fit 80 columns.
-        error = f"{metrics['error']:.1%} " if "error" in metrics else ""  # not every task has one
-        short = f"loss {metrics['loss']:.3g} {error}{rate}/s"
-        self._bar.update(self._task, completed=step, status=f"{short} {left} left")
-        self.listener(step, self._steps, remaining, short)
+        loss, error = f"loss {metrics['loss']:.3g}", ""
+        short = f"{loss} {rate}/s {left} left"
+        if "error" in metrics:  # not every task has one
+            error = f"error {metrics['error']:.1%}"
+            short = f"{loss} {metrics['error']:.1%} {rate}/s {left} left"
+        self._bar.update(self._task, completed=step, status=short)  # so that label, bar and status fit 80 columns
+        told = "  ".join(part for part in (loss, error, f"{rate} examples/s") if part)
+        self.listener(step, self._steps, remaining, told)
         if not self._live and (time.monotonic() - self._last_line >= _LINE_EVERY or step == self._steps):
             self._last_line = time.monotonic()
-            error = f"error {metrics['error']:.1%}  " if "error" in metrics else ""
-            long = f"loss {metrics['loss']:.3g}  {error}{rate} examples/s  {left} left"
-            self.note(f"{self._label}  step {step}/{self._steps}  {long}")
+            self.note(f"{self._label}  step {step}/{self._steps}  {told}  {left} left")
 
 
 def clock(seconds: float) -> str:

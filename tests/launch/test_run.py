@@ -242,3 +242,10 @@ def test_two_first_calls_at_once_then_repair(run, checkout, tmp_path):
     repaired = run("depth", PIP_NO_INDEX=1)
     assert (repaired.returncode, repaired.stdout) == (0, "depth\n")
     assert not (site / "half").exists()
+
+
+@pytest.mark.parametrize("name", ["local", "slurm", "hosts", "status"])
+def test_launchers_start_like_experiments(run, fake, tmp_path, name):
+    done = run(name, "depth", "--devices=3", CAROUSEL_VENV=fake, NPROC=None)
+    assert printed(done, "argument") == ["-m", f"launch.{name}", "depth", "--devices=3"]
+    assert int(printed(done, "NPROC")[0]) >= 12 and printed(done, "cwd") == [str(tmp_path)]
