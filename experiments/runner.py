@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the environment (files, disk) or a failed cell; 2 the requ
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import signal
@@ -280,6 +281,12 @@ def _end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def end_with_launcher() -> None:
+    """Has this process stop when its launcher, if it has one, is gone."""
+    if LAUNCHER in os.environ:
+        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+
+
 def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
     grid = grid_of(experiment, values)
     if values.only_cell is not None:
@@ -288,37 +295,53 @@ def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
             raise UsageError(f"--only_cell={values.only_cell}: the cells are {', '.join(grid.names)}")
         grid = dataclasses.replace(grid, cells=chosen)
     stop = StopRequest()
-    if LAUNCHER in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+    end_with_launcher()
     if not values.report_only:
-        _run_all(experiment, grid, stop, values)
+        run_cells(experiment, grid, stop, values)
     return conclude(experiment, grid, report=values.only_cell is None)
 
 
 def conclude(experiment: Experiment, grid: Grid, report: bool = True) -> int:
     """Makes the report of the finished cells, tells of those that diverged; returns the exit code."""
-    from research.training import run_folder
-
     if report:
         experiment.report(grid.workdir, grid.names)
-    results = [run_folder.read_result(folder) for folder in grid.folders if run_folder.finished(folder)]
-    failures = [result["failure"] for result in results if result.get("failure")]
-    for failure in failures:
+    found = failures(grid)
+    for failure in found:
         print(f"{'diverged' if experiment.divergence_is_a_result else 'error'}: {failure}", file=sys.stderr)
-    return CarouselError.exit_code if failures and not experiment.divergence_is_a_result else 0
+    return CarouselError.exit_code if found and not experiment.divergence_is_a_result else 0
 
 
-def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], values: flags.FlagValues) -> None:
+def failures(grid: Grid) -> list[str]:
+    """Of the finished cells those of which the result is a failure."""
+    from research.training import run_folder
+
+    results = [run_folder.read_result(folder) for folder in grid.folders if run_folder.finished(folder)]
+    return [result["failure"] for result in results if result.get("failure")]
+
+
+def run_cells(
+    experiment: Experiment, grid: Grid, stop: Callable[[], bool], values: flags.FlagValues, stream: Any = None
+) -> None:
+    """Trains the cells that are not finished, one after another; several processes (`launch.hosts`) call it alike.
+
+    Args:
+      experiment, grid, values: what is asked for.
+      stop: as `should_stop` of `research.training.loop.Context`.
+      stream: where progress is shown; standard error by default.
+
+    Raises:
+      CarouselError: a cell cannot be trained; `Interrupted`, as `stop` asked.
+    """
     # Imported late: --help and usage errors answer without loading JAX.
     import jax
 
     from experiments import precision
-    from research.training import environment, loop, run_folder, status
+    from research.training import distributed, environment, loop, run_folder, status
     from research.training.progress import Reporter
 
     devices = getattr(grid.config, "devices", None)
     os.environ.setdefault("NPROC", str(threads(devices)))  # for those who call Python themselves; read at first use
-    if devices:
+    if devices and not jax.distributed.is_initialized():  # else each process has its share of them by now
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
     if values.compilation_cache:
         cache = environment.compilation_cache_dir(Path(values.compilation_cache))
@@ -329,10 +352,10 @@ def _run_all(experiment: Experiment, grid: Grid, stop: Callable[[], bool], value
     for cell in grid.cells:
         precision.check(cell)
     prepare(experiment, grid)
-    with Reporter() as reporter:
+    with Reporter(stream) as reporter:
         for number, (cell, path) in enumerate(zip(grid.cells, grid.folders, strict=True), start=1):
             label = f"[{number}/{len(grid.cells)}] {cell.name}"
-            if run_folder.finished(path):
+            if distributed.from_writer(functools.partial(run_folder.finished, path)):
                 reporter.note(f"{label}: finished before")
                 continue
             if stop():

@@ -58,6 +58,7 @@ def describe(command: Sequence[str], data_checksums: Mapping[str, str]) -> dict[
             "count": len(devices),
             "runtime": backend.get_backend().platform_version,
         },
+        "processes": jax.process_count(),
         "cpu": {"model": _cpu_model(), "instruction_set": isa(), "usable_cores": usable_cores()},
         "system": platform.platform(),
         "hostname": socket.gethostname(),
@@ -82,6 +83,7 @@ def reproducibility_key(environment: dict[str, Any]) -> dict[str, Any]:
         "XLA_FLAGS": variables.get("XLA_FLAGS") or "",
         "jax_options": environment.get("jax_options"),
         "devices": environment.get("devices"),
+        "processes": environment.get("processes", 1),  # it came later than the first records
         "cpu_model": cpu.get("model"),
         "instruction_set": cpu.get("instruction_set"),
     }

@@ -12,7 +12,7 @@ import optax
 
 from research.errors import CarouselError, Interrupted, UsageError
 from research.tasks.task import Task
-from research.training import best, checkpoint, environment, parallel, state, step
+from research.training import best, checkpoint, distributed, environment, parallel, state, step
 from research.training.evaluation import Evaluator
 from research.training.progress import Reporter
 from research.training.run_folder import RunFolder
@@ -93,7 +93,8 @@ class Context:
       folder: the open run folder.
       label: what to call the run on the screen.
       reporter: shows progress.
-      should_stop: asked between stretches; True writes a checkpoint and raises `Interrupted`.
+      should_stop: asked between stretches; True writes a checkpoint and raises `Interrupted`. Of several processes all
+        have to get the same answer (`distributed.any_of`).
       command: the words of the command line that started it, for the record.
     """
 
@@ -140,6 +141,8 @@ def train(
     Killed at any moment and called again, it ends with bitwise the parameters and the metrics file of an uninterrupted
     run (same versions, thread count, devices and instruction set).
 
+    Several processes (`distributed`) call it alike, each with a run folder of its own; only the writer's matters.
+
     Args:
       make_model: gives the Flax module; `axis_name=` names the axis over which to take BatchNorm's means.
       make_task: the bound module `apply` -> a task.
@@ -173,6 +176,7 @@ def train(
         if start is not None:
             initial = state.replace_variables(initial, start)
     current, evaluated = _restore(plan, context, initial, timers)
+    current = distributed.arrays_from_writer(current)
     current = parallel.replicate(current, mesh)
     data = parallel.replicate(dict(splits.arrays), mesh)
     key = parallel.replicate(state.stream(plan.seed, "augmentation"), mesh)
@@ -198,6 +202,8 @@ def train(
             return {name: evaluator(variables, *places) for name, places in ranges.items()}
 
     def save():
+        if not distributed.is_writer():
+            return time.monotonic()
         with timers("checkpoint"):
             written = {"metrics_bytes": folder.metrics.flush(), "metrics_sha256": folder.metrics.sha256}
             metadata = {**written, "seconds": timers.seconds, "evaluated": evaluated}
@@ -234,13 +240,15 @@ def train(
         if at % plan.evaluate_every == 0 or at == plan.steps:
             held_out = evaluate(current.variables, "validation", "test")
             folder.metrics.append({"step": at, **{f"{s}_{m}": v for s, ms in held_out.items() for m, v in ms.items()}})
-            evaluated = best.keep(folder.checkpoints, at, current, held_out["validation"], evaluated)
+            if distributed.is_writer():
+                evaluated = best.keep(folder.checkpoints, at, current, held_out["validation"], evaluated)
             saved = save()
         elif time.monotonic() - saved >= _CHECKPOINT_SECONDS:
             saved = save()
 
     if plan.select == "best":
-        current, held_out = parallel.replicate(best.restore(folder.checkpoints, initial), mesh), {}
+        chosen = best.restore(folder.checkpoints, initial) if distributed.is_writer() else initial
+        current, held_out = parallel.replicate(distributed.arrays_from_writer(chosen), mesh), {}
     # A run that was stopped after its last step comes here without having evaluated.
     evaluations = evaluate(current.variables, "train")
     evaluations |= held_out or evaluate(current.variables, "validation", "test")

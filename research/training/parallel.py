@@ -1,13 +1,15 @@
 """One pure stretch of steps, compiled over devices in three ways that agree: `pmap`, `jit` and `shard_map`.
 
 All three keep state and data replicated and split every batch. `jit` leaves the splitting to the compiler; in the other
-two a step sees its device's share and averages over the axis `batch`, BatchNorm included.
+two a step sees its device's share and averages over the axis `batch`, BatchNorm included. The devices may be those of
+several processes (`distributed`), which all call these functions alike.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -33,6 +35,8 @@ def make_mesh(devices: int | None = None) -> Mesh:
     available = jax.devices()
     if devices is not None and not 1 <= devices <= len(available):
         raise CarouselError(f"--devices={devices}: this machine shows {len(available)} ({available[0].platform})")
+    if devices is not None and jax.process_count() > 1 and devices < len(available):
+        raise CarouselError(f"--devices={devices}: all {len(available)} of the processes have to be used")
     return Mesh(np.asarray(available[:devices]), (AXIS,))
 
 
@@ -43,12 +47,26 @@ def axis_name(mode: str) -> str | None:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """The tree with a copy of every leaf on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    return _put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def shard_batch(array: Any, mesh: Mesh, axis: int = 0) -> jax.Array:
     """The array split over the devices along `axis`."""
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
+    return _put(array, NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS)))
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    """The tree, which is on the host and the same in every process, on the devices; each process feeds its own."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def put(array):
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(array)), impl=jax.random.key_impl(array))
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put, tree)
 
 
 class Stretch:
@@ -90,7 +108,7 @@ def compile_stretch(stretch: Callable, mode: str, mesh: Mesh, arguments: tuple[A
         def place(indices):
             *lead, batch = indices.shape
             by_device = indices.reshape(*lead, mesh.size, batch // mesh.size)
-            return jax.device_put(by_device, NamedSharding(mesh, split))
+            return _put(by_device, NamedSharding(mesh, split))
 
         function = jax.pmap(
             stretch,

@@ -49,7 +49,7 @@ def refusal(command, capsys, monkeypatch):
     def fail(*_):
         pytest.fail("it was not refused")
 
-    monkeypatch.setattr(runner, "_run_all", fail)
+    monkeypatch.setattr(runner, "run_cells", fail)
 
     def call(experiment, *arguments):
         assert command(experiment, *arguments) == 2
