@@ -14,6 +14,7 @@ from research.errors import CarouselError, Interrupted, UsageError
 from research.tasks.task import Task
 from research.training import best, checkpoint, distributed, environment, parallel, state, step
 from research.training.evaluation import Evaluator
+from research.training.profile import Profile
 from research.training.progress import Reporter
 from research.training.run_folder import RunFolder
 from research.training.state import TrainState
@@ -96,6 +97,7 @@ class Context:
       should_stop: asked between stretches; True writes a checkpoint and raises `Interrupted`. Of several processes all
         have to get the same answer (`distributed.any_of`).
       command: the words of the command line that started it, for the record.
+      profile: takes a trace of some steps.
     """
 
     folder: RunFolder
@@ -103,6 +105,7 @@ class Context:
     reporter: Reporter
     should_stop: Callable[[], bool] = lambda: False
     command: tuple[str, ...] = ()
+    profile: Profile = dataclasses.field(default_factory=Profile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +190,7 @@ def train(
     examples_of = _examples_of(plan, splits, task)
     compiled: dict[int, Callable] = {}
     at = int(np.ravel(current.step)[0])
+    context.profile.check(at, plan.steps)
     reporter.start(context.label, plan.steps, at)
 
     with timers("compile"):
@@ -224,7 +228,7 @@ def train(
         if end - at not in compiled:
             with timers("compile"):
                 compiled[end - at] = parallel.compile_stretch(stretch, mode, mesh, (current, data, rows, key))
-        with timers("train") as lap:
+        with context.profile.stretch(at, end), timers("train") as lap:
             current, metrics = compiled[end - at](current, data, rows, key)
             metrics = jax.device_get(metrics)
         now_failed = _check_finite(metrics["loss"], at, context)
