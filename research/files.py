@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from research.errors import CarouselError
 
@@ -52,6 +52,25 @@ def write_atomic(path: str | Path, *chunks: bytes | memoryview) -> None:
             temporary.unlink()
         raise
     sync_folder(path.parent)
+
+
+def append_durably(file: BinaryIO, data: bytes) -> int:
+    """Appends `data` to a file opened with `"ab"` and `buffering=0`; returns its size, on the disk now.
+
+    Raises:
+        OSError: as the system gave it; the file is then as it was before.
+    """
+    before = os.fstat(file.fileno()).st_size
+    rest = memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), before)
+        raise
+    return before + len(data)
 
 
 def write_output(path: str | Path, content: bytes) -> None:

@@ -24,13 +24,14 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from research.errors import CarouselError, UsageError
 from research.files import (
+    append_durably,
     io_error,
     json_ready,
     make_folder,
@@ -65,10 +66,14 @@ class Metrics:
     """The writer of metrics.jsonl: records wait in memory until `flush`, then are on the disk or nowhere.
 
     Records must not hold wall-clock times: a resumed run must write the same bytes again.
+
+    Attributes:
+        changed: called when the file has grown or was cut back, for what follows it; must not raise.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.changed: Callable[[], None] = lambda: None
         self._waiting: list[bytes] = []
         try:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by `close`)
@@ -87,20 +92,15 @@ class Metrics:
         Raises:
             CarouselError: the file cannot be written; it is then as it was before, and the records still wait.
         """
-        before = os.fstat(self._file.fileno()).st_size
         content = b"".join(self._waiting)
-        rest = memoryview(content)
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
+            size = append_durably(self._file, content)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), before)
             raise io_error(self.path, error) from error
         self._digest.update(content)
         self._waiting.clear()
-        return os.fstat(self._file.fileno()).st_size
+        self.changed()
+        return size
 
     @property
     def sha256(self) -> str:
@@ -124,6 +124,7 @@ class Metrics:
             raise io_error(self.path, error) from error
         self._waiting.clear()
         self._digest = digest
+        self.changed()
         return True
 
     def close(self) -> None:
