@@ -20,7 +20,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import options
+from experiments import options, surroundings
 from research.errors import CarouselError, Interrupted, UsageError
 
 
@@ -102,12 +102,11 @@ def define_flags(experiment: Experiment) -> None:
     for field in dataclasses.fields(experiment.config):
         options.define(field, script)
     workdir = f"runs/{experiment.name}"
-    cache = os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "carousel")
     flags.DEFINE_string("workdir", workdir, "Folder of the run folders, tables and figures.", **script)
     flags.DEFINE_bool("smoke", False, "Every cell, tiny: to try a command line, not for its numbers.", **script)
     flags.DEFINE_string("only_cell", None, "Train the cell of this name alone, without a report.", **script)
     flags.DEFINE_bool("report_only", False, "Tables and figures again, from finished run folders.", **script)
-    flags.DEFINE_string("compilation_cache", cache, "Folder that keeps compiled programs; empty: off.", **script)
+    surroundings.define(script)
     if experiment.presets:
         recipes = sorted(experiment.presets)
         flags.DEFINE_enum("preset", None, recipes, "A published recipe; other flags override it.", **script)
@@ -223,9 +222,13 @@ def grid_of(experiment: Experiment, values: flags.FlagValues) -> Grid:
 
     Raises:
       UsageError: there is no such grid.
+      CarouselError: what is wanted around its runs is not there.
     """
     config = parse_config(experiment, values)
-    return Grid(config, experiment.cells(config), Path(values.workdir))
+    cells = experiment.cells(config)
+    if not values.report_only:
+        surroundings.check(values, cells)
+    return Grid(config, cells, Path(values.workdir))
 
 
 def prepare(experiment: Experiment, grid: Grid) -> None:
@@ -251,7 +254,7 @@ def threads(devices: int | None) -> int:
 
 
 # Flags that say where and how much of an experiment runs here, and nothing of what it is.
-_OF_THE_PLACE = ("workdir", "compilation_cache", "only_cell", "report_only")
+_OF_THE_PLACE = ("workdir", "only_cell", "report_only", *surroundings.FLAGS)
 
 
 def without_flags(words: Sequence[str], names: Sequence[str] = _OF_THE_PLACE) -> list[str]:
@@ -336,27 +339,24 @@ def run_cells(
     import jax
 
     from experiments import precision
-    from research.training import distributed, environment, loop, run_folder, status
+    from research.training import distributed, loop, run_folder, status
     from research.training.progress import Reporter
 
     devices = getattr(grid.config, "devices", None)
     os.environ.setdefault("NPROC", str(threads(devices)))  # for those who call Python themselves; read at first use
     if devices and not jax.distributed.is_initialized():  # else each process has its share of them by now
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
-    if values.compilation_cache:
-        cache = environment.compilation_cache_dir(Path(values.compilation_cache))
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     command = ("python", "-m", f"experiments.{experiment.name}", *without_flags(sys.argv[1:]))
     for cell in grid.cells:
         precision.check(cell)
     prepare(experiment, grid)
     with Reporter(stream) as reporter:
+        surroundings.keep_compiled(values, reporter.note)
         for number, (cell, path) in enumerate(zip(grid.cells, grid.folders, strict=True), start=1):
             label = f"[{number}/{len(grid.cells)}] {cell.name}"
             if distributed.from_writer(functools.partial(run_folder.finished, path)):
                 reporter.note(f"{label}: finished before")
+                surroundings.after(values, path, reporter.note)
                 continue
             if stop():
                 done = f"{number - 1} of {len(grid.cells)} cells are finished"
@@ -365,10 +365,12 @@ def run_cells(
                 run_folder.open_run(path, identity(cell)) as folder,
                 status.kept(path) as keeper,
                 precision.products(cell),
+                surroundings.around(values, folder, reporter.note) as profile,
             ):
                 reporter.listener = keeper.progress
                 try:
-                    result = experiment.run(cell, loop.Context(folder, label, reporter, stop, command))
+                    context = loop.Context(folder, label, reporter, stop, command, profile)
+                    result = experiment.run(cell, context)
                 except loop.Diverged as failure:  # a result, not a crash: the other cells are still wanted
                     result = {"failure": str(failure), "failed_at_step": failure.step}
                 folder.finish(result)

@@ -49,12 +49,12 @@ class Commands:
         return subprocess.Popen(self.line(*flags), cwd=ROOT, env=self.environment, **pipes)
 
     def script(
-        self, script: str, *arguments: object, timeout: float = 300, **environment
+        self, script: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment
     ) -> subprocess.CompletedProcess:
         """Runs Python source in the same surroundings."""
         command = [sys.executable, "-c", script, *map(str, arguments)]
-        options = {"env": self.environment | environment, "timeout": timeout}
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+        options = {"env": self.environment | environment, "timeout": timeout, "cwd": cwd}
+        return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture(scope="session")

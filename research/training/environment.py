@@ -15,6 +15,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 from jax.extend import backend
 
-from research.files import write_json_atomic
+from research.files import make_folder, write_json_atomic
 from research.training.run_folder import CHECKPOINTS, ENVIRONMENT, FORMAT, differing_fields, read_environment
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "chex", "numpy")
@@ -116,6 +117,33 @@ def compilation_cache_dir(root: str | Path) -> Path:
     Programs compiled for one instruction set may crash on another, and homes are shared between unlike hosts.
     """
     return Path(root) / f"jax-{_version('jax')}-jaxlib-{_version('jaxlib')}-{isa()}"
+
+
+def keep_compiled(root: Path, log: Callable[[str], None]) -> None:
+    """Has JAX keep compiled programs below `root`; where that cannot be written, `log` is told and nothing is kept.
+
+    Of several processes the writer keeps them, the others read them where they see its folder.
+    """
+    folder = compilation_cache_dir(root).absolute()  # for processes in other folders too
+    if jax.distributed.is_initialized() and jax.process_index() != 0:
+        if not folder.is_dir():
+            return
+    elif reason := _unwritable(folder):
+        log(f"warning: {folder}: compiled programs are not kept ({reason}); see --compilation_cache")
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which is made if need be; None where it can."""
+    try:
+        make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def source_state(root: Path) -> dict[str, Any]:

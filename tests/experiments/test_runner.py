@@ -292,7 +292,9 @@ def test_help_is_readable_and_no_failure(toy):
         "workdir": "runs/toy",
         "smoke": "",
         "report_only": "",
-        "compilation_cache": "carousel",
+        "compilation_cache": "compiled",
+        "tensorboard": "",
+        "profile": "START:STOP",
     }.items():
         assert re.search(rf"--(\[no\])?{name}\b", done.stdout) and text in done.stdout
     assert "'1,2,3'" in done.stdout
@@ -442,6 +444,8 @@ def test_the_recorded_command_makes_the_same_runs_elsewhere(parse):
         "--only_cell",
         "c",
         "--noreport_only",
+        "--tensorboard",
+        "--profile=1:2",
         "--count=1",
     ]
     assert runner.without_flags(words) == ["--sizes=1,2", "--loud", "--count=1"]
