@@ -1,60 +1,8 @@
 """What the tests of whole commands share: a way to start an experiment, and one folder of compiled programs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class Commands:
-    """Starts experiments in fresh processes, as a user does, with warnings as errors.
-
-    The bits of a run depend on NPROC, so it is pinned. The optimiser of XLA's code generator is off: these tests are
-    about what happens around the programs, and most of their time goes into compiling them.
-    """
-
-    # One small network, trained in one way, so that every command after the first finds its programs compiled.
-    tiny = ("--depths=8", "--blocks=residual", "--width=4", "--batch_size=16")
-    many_checkpoints = (*tiny, "--steps=30", "--evaluations=30", "--steps_per_call=1")
-
-    def __init__(self, cache: Path):
-        self.cache = cache
-        self.environment = os.environ | {
-            "NPROC": "2",
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "error",
-        }
-
-    def line(self, *flags: object, experiment: str = "depth_ablation") -> list[str]:
-        command = [sys.executable, "-m", f"experiments.{experiment}", f"--compilation_cache={self.cache}"]
-        return [*command, *map(str, flags)]
-
-    def run(
-        self, *flags: object, experiment: str = "depth_ablation", prefix: tuple[str, ...] = (), **options
-    ) -> subprocess.CompletedProcess:
-        """Runs an experiment to its end."""
-        options = {"env": self.environment, "timeout": 300, "cwd": ROOT} | options
-        line = [*prefix, *self.line(*flags, experiment=experiment)]
-        return subprocess.run(line, capture_output=True, text=True, **options)
-
-    def start(self, *flags: object) -> subprocess.Popen:
-        """Starts the depth ablation and returns; to be used as a context manager."""
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(self.line(*flags), cwd=ROOT, env=self.environment, **pipes)
-
-    def script(
-        self, script: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment
-    ) -> subprocess.CompletedProcess:
-        """Runs Python source in the same surroundings."""
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        options = {"env": self.environment | environment, "timeout": timeout, "cwd": cwd}
-        return subprocess.run(command, capture_output=True, text=True, **options)
+from tests.commands import Commands, wait_for
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +18,27 @@ def smoke(commands, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     done.workdir = workdir
     return done
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(commands, tmp_path_factory):
+    """The working folder of a finished run with many checkpoints. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "work"
+    done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def interrupted(commands, tmp_path_factory):
+    """The same run, stopped after some steps. Not to be written to."""
+    workdir = tmp_path_factory.mktemp("interrupted") / "work"
+    with commands.start(*commands.many_checkpoints, f"--workdir={workdir}") as process:
+        wait_for(workdir, 8, process)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 75
+    return workdir
 
 
 @pytest.fixture

@@ -50,9 +50,12 @@ class Keeper:
         process = {"host": socket.gethostname(), "pid": os.getpid(), "started": _start_of(os.getpid())}
         temporary = self._path.with_name(f"{TEMPORARY}{os.getpid()}-{STATUS}")
         # Not flushed to the disk: after a power cut it is worth nothing anyway.
-        with contextlib.suppress(OSError):
+        try:
             temporary.write_text(json.dumps(json_ready({"state": state, **self._told, **process})))
             os.replace(temporary, self._path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # on a full disk it would take what is left
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):

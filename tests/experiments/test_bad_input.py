@@ -1,34 +1,17 @@
 """Whatever is wrong with a command line, the files or the disk: one line that says what to do, and its exit code."""
 
-import contextlib
 import gzip
 import json
 import os
 import re
 import shutil
 import struct
-import subprocess
-import time
+from pathlib import Path
 
 import pytest
 
 from experiments import depth_ablation, runner
-
-RUN = "residual-8-w4-seed0"
-
-
-def is_progress(line):
-    return re.match(r"\[\d+/\d+\] ", line)
-
-
-def refusal(done, code):
-    """The one line of a command that was refused with this exit code."""
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if not is_progress(line)]
-    assert line.startswith("error: ") and len(line) < 600
-    return line.removeprefix("error: ")
-
+from tests.commands import refusal, run_of, saved_steps
 
 # The request: exit code 2, and nothing is made. `{}` is the working folder.
 
@@ -81,7 +64,7 @@ def test_a_folder_of_another_configuration(commands, tmp_path):
     (cell,) = depth_ablation.cells(
         depth_ablation.Config(depths=(8,), blocks=("residual",), width=4, batch_size=16, steps=4, learning_rate=0.25)
     )
-    folder = tmp_path / "runs" / RUN
+    folder = run_of(tmp_path)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(runner.identity(cell)))
     before = sorted(tmp_path.rglob("*"))
@@ -143,7 +126,7 @@ def test_a_file_where_the_working_folder_should_be(commands, tmp_path):
 def test_a_folder_that_cannot_be_made(commands, workdir):
     # Not even by root.
     line = refusal(commands.run("--smoke", *commands.tiny, f"--workdir={workdir}"), 1)
-    assert line.startswith(f"cannot make the run folder {workdir}/runs/{RUN}: ")
+    assert line.startswith(f"cannot make the run folder {run_of(Path(workdir))}: ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -154,84 +137,19 @@ def test_a_folder_without_permission(commands, tmp_path):
     assert "Permission denied; make it writable or choose another --workdir" in line
 
 
-def checkpoint_steps(workdir):
-    found = (workdir / "runs" / RUN / "checkpoints").glob("step_*.safetensors")
-    return sorted(int(path.name[5:13]) for path in found)
-
-
-@pytest.fixture(scope="module")
-def interrupted(commands, tmp_path_factory):
-    """A run that was stopped after some steps. Not to be written to."""
-    workdir = tmp_path_factory.mktemp("interrupted") / "work"
-    with commands.start(*commands.many_checkpoints, f"--workdir={workdir}") as process:
-        end = time.monotonic() + 120
-        while max(checkpoint_steps(workdir) if workdir.exists() else [], default=0) < 4:
-            assert process.poll() is None and time.monotonic() < end, process.communicate()
-            time.sleep(0.01)
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == 75
-    return workdir
-
-
-def check_full_disk(workdir, interrupted, done, reason):
-    """The newest checkpoint has outlived the full disk, and the line says so."""
-    line = refusal(done, 1)
-    assert re.match(rf"cannot write {workdir}/runs/{RUN}/\S+: {reason}; ", line), line
-    assert "start the same command again" in line
-    if "checkpoints" in line:
-        assert f"the checkpoint of step {checkpoint_steps(workdir)[-1]} is intact" in line
-    assert not list(workdir.rglob(".tmp*"))
-    assert checkpoint_steps(workdir)[-1] >= checkpoint_steps(interrupted)[-1]
-
-
-def check_goes_on(commands, workdir):
-    step = checkpoint_steps(workdir)[-1]
-    done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}")
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step {step}\n" in done.stderr
-    metrics = (workdir / "runs" / RUN / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in metrics] == [step for step in range(1, 31) for _ in range(2)]
-
-
 def test_a_limit_on_file_sizes(commands, interrupted, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(interrupted, workdir)
     # 512 or 1,024 bytes a block: less than a checkpoint, more than any other file.
     limited = ("sh", "-c", 'ulimit -f 30 && exec "$@"', "sh")
     done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}", prefix=limited)
-    check_full_disk(workdir, interrupted, done, "File too large")
+    line = refusal(done, 1)
+    assert line.startswith(f"cannot write {run_of(workdir)}/checkpoints/") and "File too large; the checkpoint" in line
+    assert f"of step {saved_steps(interrupted)[-1]} is intact" in line and "start the same command again" in line
+    assert not list(workdir.rglob(".tmp*"))
     assert {path: path.read_bytes() for path in workdir.rglob("step_*")} == {
         workdir / path.relative_to(interrupted): path.read_bytes() for path in interrupted.rglob("step_*")
     }
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB, where one may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    options = ("-t", "tmpfs", "-o", "size=2m", "tmpfs", folder)
-    mounted = subprocess.run([mount, *options], capture_output=True, text=True) if mount else None
-    if mounted is None or mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted and mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(commands, interrupted, small_disk):
-    workdir = small_disk / "work"
-    shutil.copytree(interrupted, workdir)
-    ballast = small_disk / "ballast"
-    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
-        while file.write(bytes(4_096)):
-            pass
-    os.truncate(ballast, ballast.stat().st_size - 20_000)  # a few lines of metrics fit, a checkpoint does not
-    done = commands.run(*commands.many_checkpoints, f"--workdir={workdir}")
-    check_full_disk(workdir, interrupted, done, "No space left on device")
-    ballast.unlink()
-    check_goes_on(commands, workdir)
 
 
 def test_a_report_that_does_not_fit(commands, smoke, tmp_path):

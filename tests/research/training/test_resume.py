@@ -4,9 +4,10 @@ import json
 import random
 import shutil
 import signal
-import time
 
 import pytest
+
+from tests.commands import bits, run_of, saved_steps, wait_for
 
 # A tiny network, with BatchNorm and augmentation so that nothing a run carries is missing, trained by the one trainer.
 # Arguments: FOLDER CACHE DEVICES FATES... Each of FATES is a list: "0.3,0.8" is a first life that ends after 0.3 of the
@@ -207,104 +208,36 @@ def test_a_damaged_checkpoint_or_lost_metrics_take_the_run_back_further_and_chan
     assert any("damaged checkpoint" in line and "starts from the beginning" in line for line in ruined["log"])
 
 
-# The same from outside: the experiment itself, as a user starts it.
-
-RUN = "residual-8-w4-seed0"
-
-
-@pytest.fixture(scope="module")
-def flags(commands):
-    return commands.many_checkpoints
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(commands, flags, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    done = commands.run(*flags, f"--workdir={folder}")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
-def bits(workdir):
-    """What must be equal in the end: the state, the errors, the metrics, the best state."""
-    folder = workdir / "runs" / RUN
-    result = json.loads((folder / "result.json").read_text())
-    files = [(folder / name).read_bytes() for name in ("metrics.jsonl", "signal.json", "checkpoints/best.safetensors")]
-    return {k: v for k, v in result.items() if "second" not in k}, files
-
-
-def newest(workdir):
-    names = [path.name for path in (workdir / "runs" / RUN / "checkpoints").glob("step_*.safetensors")]
-    return max((int(name[5:13]) for name in names), default=-1)
-
-
-def wait_for(workdir, step, process):
-    """Until the run has the checkpoint of `step`."""
-    end = time.monotonic() + 120
-    while newest(workdir) < step:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.005)
-
-
-def test_kill_9_at_random_moments(commands, flags, uninterrupted, tmp_path):
-    generator = random.Random(0)
-    for step in (0, 9, 19):
-        with commands.start(*flags, f"--workdir={tmp_path}") as process:
-            wait_for(tmp_path, step, process)
-            time.sleep(generator.uniform(0, 0.2))
-            process.kill()
-            process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        assert not (tmp_path / "runs" / RUN / "result.json").exists()
-    done = commands.run(*flags, f"--workdir={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    assert f"{RUN}: going on from step" in done.stderr
-    assert bits(tmp_path) == bits(uninterrupted)
+# The same from outside: the experiment itself, as a user starts it. (Deaths and damage: tests/faults.)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_stop_signal_writes_a_checkpoint_and_the_same_command_goes_on(
-    commands, flags, uninterrupted, tmp_path, number
-):
-    with commands.start(*flags, f"--workdir={tmp_path}") as process:
+def test_a_stop_signal_writes_a_checkpoint_and_the_same_command_goes_on(commands, uninterrupted, tmp_path, number):
+    with commands.start(*commands.many_checkpoints, f"--workdir={tmp_path}") as process:
         wait_for(tmp_path, 8, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     *_, stopping, interrupted = errors.splitlines()
     assert stopping.startswith("stopping: ")
-    step = newest(tmp_path)
+    step = saved_steps(tmp_path)[-1]
     assert 8 <= step < 30
     assert interrupted.startswith("interrupted: ") and f"stopped at step {step} of 30" in interrupted
-    assert "Traceback" not in errors and not (tmp_path / "runs" / RUN / "result.json").exists()
-    done = commands.run(*flags, f"--workdir={tmp_path}")
+    assert "Traceback" not in errors and not (run_of(tmp_path) / "result.json").exists()
+    done = commands.run(*commands.many_checkpoints, f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert f"going on from step {step}\n" in done.stderr
     assert bits(tmp_path) == bits(uninterrupted)
 
 
-def test_a_second_process_on_the_same_run_is_turned_away(commands, flags, tmp_path):
-    with commands.start(*flags, f"--workdir={tmp_path}") as first:
-        wait_for(tmp_path, 2, first)
-        first.send_signal(signal.SIGSTOP)  # it must not end before the second has come
-        second = commands.run(*flags, f"--workdir={tmp_path}")
-        first.terminate()
-        first.send_signal(signal.SIGCONT)
-        first.communicate(timeout=60)
-    assert second.returncode == 1
-    (line,) = second.stderr.splitlines()
-    assert line.startswith("error: ") and f"is being written by process {first.pid} on" in line
-    assert first.returncode == 75
-
-
-def test_a_finished_cell_is_not_run_again_and_the_grid_can_grow(commands, flags, uninterrupted, tmp_path):
+def test_a_finished_cell_is_not_run_again_and_the_grid_can_grow(commands, uninterrupted, tmp_path):
     workdir = tmp_path / "grown"
     shutil.copytree(uninterrupted, workdir)
-    before = {path: path.stat() for path in (workdir / "runs" / RUN).rglob("*")}
-    done = commands.run(*flags, "--seeds=0,1", f"--workdir={workdir}")
+    before = {path: path.stat() for path in (run_of(workdir)).rglob("*")}
+    done = commands.run(*commands.many_checkpoints, "--seeds=0,1", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert f"[1/2] {RUN}: finished before\n" in done.stderr
-    after = {path: path.stat() for path in (workdir / "runs" / RUN).rglob("*")}
+    assert f"[1/2] {commands.cell}: finished before\n" in done.stderr
+    after = {path: path.stat() for path in (run_of(workdir)).rglob("*")}
     assert {path: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in after.items()} == {
         path: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for path, stat in before.items()
     }
@@ -313,4 +246,4 @@ def test_a_finished_cell_is_not_run_again_and_the_grid_can_grow(commands, flags,
     assert len((uninterrupted / "summary.csv").read_text().splitlines()) == 2
     assert bits(workdir) == bits(uninterrupted)
     other = json.loads((workdir / "runs" / "residual-8-w4-seed1" / "result.json").read_text())
-    assert other["final_state_sha256"] != bits(workdir)[0]["final_state_sha256"]
+    assert other["final_state_sha256"] != bits(workdir)["final_state_sha256"]
