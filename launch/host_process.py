@@ -29,6 +29,7 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
     if devices:
         jax.config.update("jax_num_cpu_devices", devices // place.processes)
     distributed.start(*place, own.start_timeout)
+    (Path(own.scratch) / hosts.JOINED).touch()
     asked_to_stop = runner.StopRequest()
     runner.end_with_launcher()
     _check_same(asked, place)
@@ -43,7 +44,7 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
         if distributed.is_writer():
             stack.enter_context(cells.lock(asked.workdir))
         else:
-            grid = dataclasses.replace(grid, workdir=Path(own.scratch))
+            grid = dataclasses.replace(grid, workdir=Path(own.scratch) / "work")
             stream = stack.enter_context(open(os.devnull, "w"))
         try:
             runner.run_cells(asked.experiment, grid, stop, flags.FLAGS, stream)

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from absl import flags
@@ -28,6 +29,8 @@ from launch import cells
 from research.errors import Interrupted, UsageError
 
 LOST = 76
+# In the scratch folder, once the process has met the others.
+JOINED = "joined"
 
 
 class Place(NamedTuple):
@@ -99,7 +102,20 @@ def launch(asked: cells.Launch, own: flags.FlagValues) -> int:
     with tempfile.TemporaryDirectory(prefix="carousel-") as scratch:
         command = [sys.executable, "-m", "launch.host_process", asked.experiment.name, f"--scratch={scratch}"]
         command += [*(f"--{name}={value}" for name, value in told.items()), *asked.words]
-        return _watch(command, environment, f"process {place.process} of {place.processes}")
+        code = _watch(command, environment, f"process {place.process} of {place.processes}")
+        if code == LOST:
+            _tell_loss(place, joined=(Path(scratch) / JOINED).exists(), timeout=own.start_timeout)
+        return code
+
+
+def _tell_loss(place: Place, joined: bool, timeout: int) -> None:
+    if joined:
+        what = "another process of this run was lost"
+        cure = "start all of them again with the same commands, they go on from the last checkpoint"
+    else:
+        what = f"not all processes came together at {place.coordinator} within {timeout} s, or one was lost at once"
+        cure = "start all of them, with the same flags, on machines that reach that host and port"
+    print(f"error: process {place.process} of {place.processes}: {what}; {cure}", file=sys.stderr)
 
 
 def _check(asked: cells.Launch, place: Place, threads: int) -> None:
@@ -133,12 +149,7 @@ def _watch(command: list[str], environment: Mapping[str, str], name: str) -> int
     if -code in handed_on:  # before it had begun
         print(f"interrupted: {name}: stopped before the first step", file=sys.stderr)
         return Interrupted.exit_code
-    if code in (LOST, -signal.SIGABRT):
-        print(
-            f"error: {name}: another process of this run was lost; start all of them again with the same commands, "
-            "they go on from the last checkpoint",
-            file=sys.stderr,
-        )
+    if code == -signal.SIGABRT:  # by JAX's runtime, whose words are above
         return LOST
     if code < 0:
         print(f"error: {name} was ended by {signal.Signals(-code).name}; start all of them again", file=sys.stderr)

@@ -65,10 +65,7 @@ def start(coordinator: str, processes: int, process: int, timeout: int = 300) ->
             raise CarouselError(
                 f"process 0 cannot listen on {coordinator}: {_line(error)}; choose another port"
             ) from error
-        raise Lost(
-            f"not all {processes} processes came to {coordinator} within {timeout} s: start all of them, with the same "
-            "coordinator, on machines that reach its host and port"
-        ) from error
+        raise Lost(f"the processes did not meet at {coordinator}: {_line(error)}") from error
     try:
         any_of(False)
     except Exception as error:
