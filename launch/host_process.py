@@ -46,6 +46,7 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
         else:
             grid = dataclasses.replace(grid, workdir=Path(own.scratch) / "work")
             stream = stack.enter_context(open(os.devnull, "w"))
+            flags.FLAGS.tensorboard, flags.FLAGS.profile = False, None
         try:
             runner.run_cells(asked.experiment, grid, stop, flags.FLAGS, stream)
         except Interrupted as stopped:
