@@ -68,6 +68,10 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
     """Submits the unfinished cells of an experiment, or does what the flags ask for instead; returns the exit code."""
     if own.finish:
         return slurm_watch.finish(launch)
+    try:
+        further = shlex.split(own.sbatch_options)
+    except ValueError as error:
+        raise UsageError(f"--sbatch_options={own.sbatch_options!r}: {error}") from None
     with cells.lock(launch.workdir):
         _refuse_a_second(launch.workdir, own.dry_run)
         runner.prepare(launch.experiment, launch.grid)
@@ -75,7 +79,7 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
         if names:
             variables = _variables(launch, own)
             lines = [_line(launch.command(name), variables) for name in names]
-            array, report = _commands(launch, len(names), own)
+            array, report = _commands(launch, len(names), own, further)
             _write(launch, lines, names)
             if own.dry_run:
                 print(shlex.join(array), shlex.join(report), sep="\n")
@@ -120,7 +124,7 @@ def _write(launch: Launch, lines: Sequence[str], names: Sequence[str]) -> None:
         raise io_error(error.filename or folder, error) from error
 
 
-def _commands(launch: Launch, number: int, own: flags.FlagValues) -> tuple[list[str], list[str]]:
+def _commands(launch: Launch, number: int, own: flags.FlagValues, further: list[str]) -> tuple[list[str], list[str]]:
     """The commands that submit an array of so many tasks, and the job of the report."""
     folder, name = launch.workdir / FOLDER, launch.experiment.name
     common = ["sbatch", "--parsable", "--open-mode=append"]
@@ -130,12 +134,10 @@ def _commands(launch: Launch, number: int, own: flags.FlagValues) -> tuple[list[
     limit = f"%{own.throttle}" if own.throttle else ""
     array = [*common, f"--job-name={name}", f"--array=0-{number - 1}{limit}", "--requeue"]
     array += [f"--signal=B:USR1@{own.signal_seconds}", f"--cpus-per-task={own.cpus_per_task}"]
+    if launch.experiment.alone:
+        array.append("--exclusive")  # it measures time or memory: no other job on its node
     if own.gpus_per_task:
         array.append(f"--gres=gpu:{own.gpus_per_task}")
-    try:
-        further = shlex.split(own.sbatch_options)
-    except ValueError as error:
-        raise UsageError(f"--sbatch_options={own.sbatch_options!r}: {error}") from None
     array += [f"--output={_pattern(folder)}/%a.log", *further, str(_SCRIPT), str(folder)]
     again = [sys.executable, "-m", "launch.slurm", name, *runner.without_flags(launch.words, ["workdir"])]
     line = _line([*again, f"--workdir={launch.workdir}", "--finish"], _variables(launch, own))

@@ -2,16 +2,19 @@
 
 import collections
 import contextlib
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console, Group
+from rich.live import Live
+
+from experiments import runner
 from launch import slurm_jobs
 from launch.cells import Launch
+from launch.table import line, steps, table
 from research.errors import CarouselError, Interrupted
 from research.files import read_json
 from research.training import run_folder, status
@@ -20,6 +23,7 @@ FOLDER = "slurm"
 """Of a working folder: holds what belongs to Slurm."""
 
 _POLL_SECONDS = 2.0
+_LINE_SECONDS = 10.0  # between lines where the output is a file, and questions where Slurm is away
 
 
 def read_jobs(workdir: Path) -> dict[str, Any]:
@@ -36,22 +40,18 @@ def unfinished(launch: Launch) -> list[str]:
 
 def wait(launch: Launch, jobs: Mapping[str, Any]) -> int:
     """Shows progress until the last task of the array has ended, then makes the report; returns the exit code."""
-    shown, away = None, False
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
-        while True:
-            try:
-                tasks, away = slurm_jobs.queued([jobs["array"]]).get(jobs["array"], {}), False
-            except CarouselError as error:
-                if not away:
-                    print(f"{error}; asking again", file=sys.stderr)
-                tasks, away = {None: ("unknown", "")}, True
-            line = _progress(launch, tasks)
-            if line != shown:
-                print(line, file=sys.stderr)
-                shown = line
-            if not tasks:
-                break
-            time.sleep(_POLL_SECONDS)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            told = -float("inf")
+            while tasks := _queued(jobs["array"], console):
+                statuses = [status.read(folder) for folder in launch.grid.folders]
+                if console.is_terminal:
+                    live.update(Group(table(statuses, rows=max(1, console.height - 8)), _told(tasks)), refresh=True)
+                elif time.monotonic() - told >= _LINE_SECONDS:
+                    told = time.monotonic()
+                    console.print(f"{line(statuses)}; {_told(tasks)}", markup=False)
+                time.sleep(_POLL_SECONDS)
         with contextlib.suppress(CarouselError):
             # The report is made here and now; a job for it that is running already writes the same.
             if jobs["report"] in slurm_jobs.queued([jobs["report"]]):
@@ -62,17 +62,20 @@ def wait(launch: Launch, jobs: Mapping[str, Any]) -> int:
     return finish(launch)
 
 
-def _progress(launch: Launch, tasks: Mapping[int | None, tuple[str, str]]) -> str:
-    states = collections.Counter(status.read(folder).state for folder in launch.grid.folders)
-    queued = collections.Counter(
-        f"{state} ({reason})" if state == "PENDING" else state for state, reason in tasks.values()
-    )
-    told = f"; Slurm: {_counts(queued)}" if queued else ""
-    return f"cells: {_counts(states)}{told}"
+def _queued(array: str, console: Console) -> dict[int | None, tuple[str, str]]:
+    """The tasks that have not ended; asks until there is an answer, since Slurm may be away for a while."""
+    while True:
+        try:
+            return slurm_jobs.queued([array]).get(array, {})
+        except CarouselError as error:
+            console.print(f"{error}; asking again", markup=False)
+            time.sleep(_LINE_SECONDS)
 
 
-def _counts(counter: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {what}" for what, number in sorted(counter.items()))
+def _told(tasks: Mapping[int | None, tuple[str, str]]) -> str:
+    """Such as 'Slurm: 1 PENDING (Resources), 2 RUNNING'."""
+    counts = collections.Counter(f"{state} ({why})" if state == "PENDING" else state for state, why in tasks.values())
+    return f"Slurm: {', '.join(f'{number} {state}' for state, number in sorted(counts.items(), key=str))}"
 
 
 def finish(launch: Launch) -> int:
@@ -81,43 +84,32 @@ def finish(launch: Launch) -> int:
     Raises:
       CarouselError: a cell is not finished; why has been printed.
     """
-    runs = [status.read(folder) for folder in launch.grid.folders if (folder / run_folder.CONFIG).exists()]
-    open_cells = unfinished(launch)
-    if open_cells:
-        for line in _reasons(launch.workdir, open_cells, {run.name: run for run in runs}):
-            print(line, file=sys.stderr)
+    names = unfinished(launch)
+    if names:
+        for reason in _reasons(launch, names):
+            print(reason, file=sys.stderr)
+        total = len(launch.grid.names)
         raise CarouselError(
-            f"{launch.workdir}: {len(open_cells)} of {len(launch.grid.names)} cells are not finished; the same command "
-            "goes on with them"
+            f"{launch.workdir}: {len(names)} of {total} cells are not finished; the same command goes on with them"
         )
-    code = subprocess.run(launch.report_command(), env=os.environ | launch.environment()).returncode
-    failures = [] if launch.experiment.divergence_is_a_result else [run for run in runs if run.state == "diverged"]
-    for run in failures:
-        print(f"error: {run.message}", file=sys.stderr)
-    return code or (CarouselError.exit_code if failures else 0)
+    return runner.conclude(launch.experiment, launch.grid)
 
 
-def _reasons(workdir: Path, names: Sequence[str], runs: Mapping[str, status.Status]) -> list[str]:
+def _reasons(launch: Launch, names: Sequence[str]) -> list[str]:
     """A line for each unfinished cell: what its folder says, what Slurm says, where its log is."""
-    jobs = read_jobs(workdir)
-    told = {}
+    jobs = read_jobs(launch.workdir)
+    told: dict[int | None, str] = {}
     if jobs:
         with contextlib.suppress(CarouselError):  # the folders tell enough where Slurm is away
-            told = slurm_jobs.endings(jobs["array"])
-            told |= {i: state for i, (state, _) in slurm_jobs.queued([jobs["array"]]).get(jobs["array"], {}).items()}
+            told |= slurm_jobs.endings(jobs["array"])
+            queued = slurm_jobs.queued([jobs["array"]]).get(jobs["array"], {})
+            told |= {index: state for index, (state, _) in queued.items()}
     by_name = {name: told.get(index) for index, name in enumerate(jobs.get("cells", ()))}
     lines = []
     for name in names:
-        run = runs.get(name)
-        parts = [run.state if run else "not begun"]
-        if run and run.step is not None:
-            parts.append(f"at step {run.step} of {run.steps}")
-        if run and run.message:
-            parts.append(run.message)
-        if by_name.get(name):
-            parts.append(f"Slurm: {by_name[name]}")
-        log = workdir / "logs" / f"{name}.log"
-        if log.exists():
-            parts.append(f"log: {log}")
-        lines.append(f"{name}: {'; '.join(parts)}")
+        folder, log = launch.workdir / "runs" / name, launch.workdir / "logs" / f"{name}.log"
+        run = status.read(folder) if (folder / run_folder.CONFIG).exists() else status.Status(name, "not submitted")
+        parts = [f"{run.state} at step {steps(run)}" if steps(run) else run.state, run.message]
+        parts += [f"Slurm: {by_name[name]}" if by_name.get(name) else "", f"log: {log}" if log.exists() else ""]
+        lines.append(f"{name}: {'; '.join(filter(None, parts))}")
     return lines

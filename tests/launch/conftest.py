@@ -66,6 +66,21 @@ def digest():
     return lambda folder: read_json(folder / "result.json")["final_state_sha256"]
 
 
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """`(name, body) -> None`: puts a shell script of that name before all other programs."""
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(name, body):
+        path = folder / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+
+    return write
+
+
 # Slurm
 
 _DAEMONS = ("munged", "slurmctld", "slurmd")

@@ -1,5 +1,6 @@
 """Sweeps on a real Slurm: each cell meets another misfortune, and ends with the bits of a run that met none."""
 
+import contextlib
 import json
 import os
 import re
@@ -10,15 +11,13 @@ from pathlib import Path
 
 import pytest
 
-SEEDS = 5
-
 
 class Sweeps:
     """Calls the launcher; each step of a cell ends with a checkpoint, and every program is compiled already."""
 
     def __init__(self, commands, slurm):
         self.slurm = slurm
-        self.flags = (*commands.many_checkpoints, "--steps=90", "--evaluations=90", "--time=20", "--nproc=2")
+        self.flags = (*commands.many_checkpoints, "--steps=60", "--evaluations=60", "--time=20", "--nproc=2")
         self._start = [sys.executable, "-m", "launch.slurm", "depth_ablation", f"--compilation_cache={commands.cache}"]
         self._options = {"cwd": slurm.folder, "env": commands.environment | slurm.variables, "text": True}
 
@@ -87,12 +86,12 @@ def expected(commands, sweeps, tmp_path_factory):
     """The same grid in one process, undisturbed."""
     workdir = tmp_path_factory.mktemp("expected")
     flags = [flag for flag in sweeps.flags if not flag.startswith(("--time", "--nproc"))]
-    done = commands.run(*flags, f"--seeds={','.join(map(str, range(SEEDS)))}", f"--workdir={workdir}")
+    done = commands.run(*flags, SEEDS, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     return workdir
 
 
-# Each is done to one cell, in the middle of its run.
+# Each is done to one cell, in the middle of its run, while its process stands still.
 
 
 def requeue(sweeps, job, index, node):
@@ -109,77 +108,143 @@ def time_is_nearly_up(sweeps, job, index, node):
 
 
 def preempt(sweeps, job, index, node):
-    sweeps.slurm.ask(
-        "sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "-o/dev/null", "--wrap=sleep 1"
-    )
+    options = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    sweeps.slurm.ask("sbatch", *options)
 
 
 def lose_the_node(sweeps, job, index, node):
     sweeps.slurm.kill_node(node)
 
 
-MISFORTUNES = (requeue, kill, time_is_nearly_up, preempt, lose_the_node)
+# And the words by which one sees it in the cell's log.
+MISFORTUNES = {
+    requeue: "DUE TO JOB REQUEUE",
+    kill: "ended with 137: it is started again",
+    time_is_nearly_up: "ended with 75: it is started again",
+    preempt: "DUE TO PREEMPTION",
+    lose_the_node: "starts on",  # nobody is left to say anything
+}
+SEEDS = f"--seeds={','.join(str(seed) for seed in range(len(MISFORTUNES)))}"
 
 
 @pytest.fixture(scope="module")
 def disturbed(sweeps, wait_for, tmp_path_factory):
-    """A sweep of which every cell was hit; the last one when the others are done, since it takes a node away."""
+    """A finished sweep of which each cell met another misfortune."""
     workdir = tmp_path_factory.mktemp("disturbed") / "a work dir"
-    seeds = f"--seeds={','.join(map(str, range(SEEDS)))}"
-    with sweeps.start(workdir, seeds, "--partition=cpu", "--throttle=4", "--wait") as launcher:
+    with sweeps.start(workdir, SEEDS, "--partition=cpu", "--wait") as launcher:
         try:
             wait_for((workdir / "slurm" / "jobs.json").exists)
-            job, last = jobs_of(workdir)["array"], SEEDS - 1
-            sweeps.slurm.ask("scontrol", "hold", f"{job}_{last}")
-            for indices in (range(last), [last]):
-                hit_all(sweeps, wait_for, workdir, job, set(indices))
-                number = len(indices)
-                wait_for(lambda number=number: len(digests(workdir)) >= number)
-                sweeps.slurm.ask("scontrol", "release", f"{job}_{last}")
-            launcher.output, launcher.errors = launcher.communicate(timeout=120)
+            job = jobs_of(workdir)["array"]
+            for index, (misfortune, words) in enumerate(MISFORTUNES.items()):
+                frozen = wait_for(lambda index=index: freeze(sweeps, workdir, job, index))
+                misfortune(sweeps, job, index, re.findall(r"starts on (n\d)", log_of(workdir, index))[-1])
+                wait_for(lambda process=frozen: has_been_told(process))
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(frozen, signal.SIGCONT)
+                # The next one may hit this cell too.
+                wait_for(lambda index=index, words=words: words in log_of(workdir, index))
+            launcher.output, launcher.errors = launcher.communicate(timeout=240)
         finally:
             launcher.kill()
-    launcher.workdir, launcher.job = workdir, job
+    launcher.workdir = workdir
     for node in {"n1", "n2"}.difference(sweeps.slurm.nodes):
         sweeps.slurm.start_node(node)
     return launcher
 
 
-def hit_all(sweeps, wait_for, workdir, job, waiting):
-    """Each of these cells meets its misfortune once some of its steps are done."""
-
-    def none_is_left():
-        for index in list(waiting):
-            if step_of(workdir, index) >= 5 and sweeps.python(job, index):
-                node = re.findall(r"starts on (n\d)", log_of(workdir, index))[-1]
-                MISFORTUNES[index](sweeps, job, index, node)
-                waiting.remove(index)
-        return not waiting
-
-    wait_for(none_is_left)
+def freeze(sweeps, workdir, job, index):
+    """The process of a cell, stopped after some of its steps; None before."""
+    process = step_of(workdir, index) >= 5 and sweeps.python(job, index)
+    if not process:
+        return None
+    os.kill(process, signal.SIGSTOP)
+    assert not (workdir / "runs" / name_of(index) / "result.json").exists(), "too late: it was as good as done"
+    return process
 
 
-def test_a_disturbed_sweep_ends_as_an_undisturbed_one(disturbed, expected):
+def has_been_told(process):
+    """Whether a stopped process is stopped no more, or would have SIGTERM when it goes on."""
+    try:
+        fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    except OSError:
+        return True
+    waiting = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
+    return not fields["State"].startswith("T") or bool(waiting >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_disturbed_sweep_ends_as_an_undisturbed_one(disturbed, expected, sweeps):
     assert disturbed.returncode == 0, disturbed.errors
     assert digests(disturbed.workdir) == digests(expected)
     assert outputs(disturbed.workdir) == outputs(expected)
     assert "summary.csv" in disturbed.output and "scancel" in disturbed.output
-    assert disturbed.errors.splitlines()[-1].startswith(f"cells: {SEEDS} done")
+    assert "5 cells: " in disturbed.errors and "; Slurm: " in disturbed.errors
+    assert sweeps.slurm.ask("squeue", "-h") == ""  # the report's job has gone too
 
 
-@pytest.mark.parametrize(
-    ("seed", "words"),
-    [
-        (0, "DUE TO JOB REQUEUE"),
-        (1, "ended with 137: it is started again"),
-        (2, "ended with 75: it is started again"),
-        (3, "DUE TO PREEMPTION"),
-        (4, "starts on"),
-    ],
-    ids=[each.__name__ for each in MISFORTUNES],
-)
-def test_each_cell_met_its_misfortune_and_went_on(disturbed, seed, words):
-    log = log_of(disturbed.workdir, seed)
-    assert words in log
-    starts = re.findall(r"starts on (n\d)", log)
-    assert len(starts) >= 2 and len(re.findall(r"going on from step [1-9]", log)) == len(starts) - 1
+@pytest.mark.parametrize("index", range(len(MISFORTUNES)), ids=[each.__name__ for each in MISFORTUNES])
+def test_each_cell_met_its_misfortune_and_went_on(disturbed, index):
+    log = log_of(disturbed.workdir, index)
+    assert list(MISFORTUNES.values())[index] in log
+    assert log.count("starts on") >= 2 and re.search(r"going on from step ([5-9]|[1-9]\d)$", log, re.MULTILINE)
+
+
+def test_a_cancelled_sweep_stays_cancelled_and_the_same_command_submits_the_rest(sweeps, wait_for, expected, tmp_path):
+    flags = ("--seeds=0,1", "--throttle=1", "--wait")
+    with sweeps.start(tmp_path, *flags) as launcher:
+        try:
+            wait_for(lambda: step_of(tmp_path, 1) >= 5)
+            job = jobs_of(tmp_path)["array"]
+            second = sweeps.run(tmp_path, *flags)
+            launcher.send_signal(signal.SIGINT)
+            _, errors = launcher.communicate(timeout=60)
+        finally:
+            launcher.kill()
+    assert (second.returncode, second.stdout) == (1, "")
+    assert second.stderr.startswith(f"error: {tmp_path}: 1 tasks of job array {job}, submitted ")
+    assert second.stderr.endswith(f"end them with: scancel {job}\n")
+    assert launcher.returncode == 75
+    assert errors.splitlines()[-1] == f"no longer waiting; the jobs go on (to end them: scancel {job})"
+    assert sweeps.tasks(job) == {1: "RUNNING"}
+
+    sweeps.slurm.ask("scancel", job)
+    wait_for(lambda: not sweeps.tasks(job))
+    assert step_of(tmp_path, 1) >= 5 and "ended with 75; Slurm's state is 'COMPLETING None'" in log_of(tmp_path, 1)
+    report = tmp_path / "logs" / "report.log"
+    wait_for(lambda: report.exists() and "error: " in report.read_text())
+    reason, error = report.read_text().splitlines()
+    step = step_of(tmp_path, 1)
+    assert reason.startswith(f"{name_of(1)}: stopped at step {step}/60; interrupted; Slurm: CANCELLED")
+    assert error == f"error: {tmp_path}: 1 of 2 cells are not finished; the same command goes on with them"
+
+    again = sweeps.run(tmp_path, *flags)
+    assert again.returncode == 0, again.stderr
+    assert "1 of the 2 cells of depth_ablation" in again.stdout and jobs_of(tmp_path)["cells"] == [name_of(1)]
+    assert f"going on from step {step}\n" in log_of(tmp_path, 1)
+    assert digests(tmp_path) == digests(expected)[:2]
+
+
+def test_lines_run_by_hand_and_a_cell_that_fails(sweeps, tmp_path):
+    work, elsewhere = tmp_path / "a work dir", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    flags = ("--steps=5", "--evaluations=5", "--seeds=0,1")
+    dry = sweeps.run(work, *flags, "--dry_run")
+    assert dry.returncode == 0 and not (work / "slurm" / "jobs.json").exists()
+    first, second = (work / "slurm" / "manifest.txt").read_text().splitlines()
+    # Of what a test needs to find this Slurm and its programs nothing is in the line.
+    subprocess.run(["sh", "-c", first], cwd=elsewhere, check=True, capture_output=True, timeout=120)
+    metrics = work / "runs" / name_of(1) / "metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()
+    failed = sweeps.run(work, *flags, "--wait")
+    assert failed.returncode == 1
+    *_, reason, error = failed.stderr.splitlines()
+    log = work / "logs" / f"{name_of(1)}.log"
+    assert reason.startswith(f"{name_of(1)}: ") and "Slurm: FAILED, exit code 1" in reason
+    assert reason.endswith(f"; log: {log}") and f"{metrics}: Is a directory" in log.read_text()
+    assert error.startswith(f"error: {work}: 1 of 2 cells are not finished")
+
+    metrics.rmdir()
+    subprocess.run(["sh", "-c", second], cwd=elsewhere, check=True, capture_output=True, timeout=120)
+    done = sweeps.run(work, *flags)
+    assert done.returncode == 0 and done.stdout.startswith("all 2 cells are finished\n") and outputs(work)
+    assert jobs_of(work)["cells"] == [name_of(1)]  # nothing was submitted

@@ -14,21 +14,15 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm_array.sh"
 class Task:
     """Task 1 of job array 7, of which Slurm says `state`; `requeued` counts how often it was asked to start again."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, fake):
         self.work, self.state = folder / "a work dir", "RUNNING None"
-        self.slurm, self._bin = self.work / "slurm", folder / "bin"
-        self.checkpoints = self.work / "runs" / "a cell" / "checkpoints"
-        for made in (self.slurm, self._bin, self.checkpoints):
-            made.mkdir(parents=True)
-        self._program("squeue", 'printf "%s\\n" "$STATE"')
-        self._program("scontrol", f'echo "$*" >>"{folder}/scontrol"')
-        self._program("sleep", ":")  # the waiting between questions
+        self.slurm, self.checkpoints = self.work / "slurm", self.work / "runs" / "a cell" / "checkpoints"
         self._calls = folder / "scontrol"
-
-    def _program(self, name, body):
-        path = self._bin / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
+        for made in (self.slurm, self.checkpoints):
+            made.mkdir(parents=True)
+        fake("squeue", 'printf "%s\\n" "$STATE"')
+        fake("scontrol", f'echo "$*" >>"{self._calls}"')
+        fake("sleep", ":")  # the waiting between questions
 
     @property
     def requeued(self):
@@ -41,9 +35,8 @@ class Task:
         line = shlex.join(["env", "CELL=1", "bash", "-c", cell, "python", "--only_cell=a cell"])
         (self.slurm / "manifest.txt").write_text(f"exit 99\n{line}\n")
         variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "STATE": self.state}
-        environment = os.environ | variables | {"PATH": f"{self._bin}:{os.environ['PATH']}"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(["bash", SCRIPT, self.slurm], env=environment, **pipes)
+        return subprocess.Popen(["bash", SCRIPT, self.slurm], env=os.environ | variables, **pipes)
 
     def run(self, cell: str) -> int:
         with self.start(cell) as process:
@@ -52,8 +45,8 @@ class Task:
 
 
 @pytest.fixture
-def task(tmp_path):
-    return Task(tmp_path)
+def task(tmp_path, fake):
+    return Task(tmp_path, fake)
 
 
 @pytest.mark.parametrize(
