@@ -73,7 +73,9 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
     except ValueError as error:
         raise UsageError(f"--sbatch_options={own.sbatch_options!r}: {error}") from None
     with cells.lock(launch.workdir):
-        _refuse_a_second(launch.workdir, own.dry_run)
+        _refuse_a_second(launch.workdir)
+        if not own.dry_run and slurm_watch.unfinished(launch):
+            slurm_jobs.ask("squeue", "--me", "--noheader")  # is there a Slurm at all?
         runner.prepare(launch.experiment, launch.grid)
         names = slurm_watch.unfinished(launch)
         if names:
@@ -91,19 +93,18 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
     return slurm_watch.wait(launch, jobs) if own.wait else 0
 
 
-def _refuse_a_second(workdir: Path, dry_run: bool) -> None:
+def _refuse_a_second(workdir: Path) -> None:
     """Jobs of an earlier call read the manifest, and train the same cells."""
     jobs = slurm_watch.read_jobs(workdir)
     if not jobs:
-        if not dry_run:
-            slurm_jobs.ask("squeue", "--me", "--noheader")  # is there a Slurm at all?
         return
     waiting = slurm_jobs.queued([job for job in (jobs["array"], jobs["report"]) if job])
     if jobs["array"] in waiting:
         number = len(waiting[jobs["array"]])
         raise CarouselError(
-            f"{workdir}: {number} tasks of job array {jobs['array']}, submitted {jobs['submitted']}, are queued or "
-            f"running: wait for them (python -m launch.status {workdir}), or end them with: scancel {jobs['array']}"
+            f"{workdir}: job array {jobs['array']}, submitted {jobs['submitted']}, has {number} task"
+            f"{'s' if number != 1 else ''} in the queue or running: wait for {'them' if number != 1 else 'it'} "
+            f"(python -m launch.status {workdir}), or end the array with: scancel {jobs['array']}"
         )
     if jobs["report"] in waiting:
         slurm_jobs.ask("scancel", jobs["report"])  # it would report on what is about to be trained

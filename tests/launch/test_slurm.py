@@ -200,8 +200,8 @@ def test_a_cancelled_sweep_stays_cancelled_and_the_same_command_submits_the_rest
         finally:
             launcher.kill()
     assert (second.returncode, second.stdout) == (1, "")
-    assert second.stderr.startswith(f"error: {tmp_path}: 1 tasks of job array {job}, submitted ")
-    assert second.stderr.endswith(f"end them with: scancel {job}\n")
+    assert second.stderr.startswith(f"error: {tmp_path}: job array {job}, submitted ")
+    assert second.stderr.endswith(f"or end the array with: scancel {job}\n")
     assert launcher.returncode == 75
     assert errors.splitlines()[-1] == f"no longer waiting; the jobs go on (to end them: scancel {job})"
     assert sweeps.tasks(job) == {1: "RUNNING"}

@@ -102,6 +102,11 @@ def test_a_cancelled_job_stays_cancelled(task, state, requeued, cell):
     assert task.requeued == requeued
 
 
+def test_slurm_is_asked_again_where_it_is_away(task, fake, tmp_path):
+    fake("squeue", f'[ -e "{tmp_path}/asked" ] && echo RUNNING None; touch "{tmp_path}/asked"')
+    assert (task.run("exit 75"), task.requeued) == (75, 1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=lambda number: number.name)
 def test_signals_reach_the_cell_as_sigterm_and_its_answer_is_waited_for(task, number):
     # Bash would not run a trap before `sleep` ends, so it waits for one in the background.
