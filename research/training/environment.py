@@ -5,6 +5,7 @@ another instruction set or another device count changes the bits of convolutions
 where `reproducibility_key` is equal.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -16,6 +17,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +134,10 @@ def keep_compiled(root: Path, log: Callable[[str], None]) -> None:
     elif reason := _unwritable(folder):
         log(f"warning: {folder}: compiled programs are not kept ({reason}); see --compilation_cache")
         return
+    else:
+        _remove_torn(folder)
+    # A program that does not fit on the disk is compiled again next time; what stops the run says so itself.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry", UserWarning)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -140,10 +147,33 @@ def _unwritable(folder: Path) -> str | None:
     """Why nothing can be written to a folder, which is made if need be; None where it can."""
     try:
         make_folder(folder)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
             return None
     except OSError as error:
         return error.strerror
+
+
+def _remove_torn(folder: Path) -> None:
+    """Removes compiled programs that were cut off while they were written, or damaged since.
+
+    JAX does not write them in one move. It compiles such a program again, but never replaces the file: each start would
+    warn and be slow. They are zlib streams, which know their end and a checksum; another kind of file is left alone.
+    """
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(OSError):
+            content = path.read_bytes()
+            if content[:1] in (b"", b"\x78") and not _whole(content):
+                path.unlink()
+
+
+def _whole(content: bytes) -> bool:
+    stream = zlib.decompressobj()
+    try:
+        stream.decompress(content)
+    except zlib.error:
+        return False
+    return stream.eof
 
 
 def source_state(root: Path) -> dict[str, Any]:

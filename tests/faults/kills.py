@@ -97,11 +97,12 @@ def whole_life(commands: Commands, folder: Path, flags: tuple[str, ...]) -> floa
 def kill_inside_a_save(process, workdir: Path, after: int) -> None:
     """Kills a process while a checkpoint of step `after` or later lies under its temporary name.
 
-    The process is stopped when the file is seen, looked at again, and let go where it was quicker.
+    The process is stopped when the file is seen, looked at again, and let go where it was quicker. A file that an
+    earlier process left does not count.
     """
 
     def inside():
-        found = (run_of(workdir) / "checkpoints").glob(".tmp-*-step_*")
+        found = (run_of(workdir) / "checkpoints").glob(f".tmp-{process.pid}-step_*")
         return any(int(path.name.rpartition("step_")[2][:8]) >= after for path in found)
 
     while process.poll() is None:

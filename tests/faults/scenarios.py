@@ -22,6 +22,7 @@ ALL = {
     "config.json": {damage.config_truncated: "cut to half", damage.config_deleted: "deleted"},
     "environment.json": {damage.environment_truncated: "cut to half", damage.environment_deleted: "deleted"},
     "result.json": {damage.result_truncated: "cut to half", damage.result_emptied: "emptied"},
+    "compiled programs": {damage.compiled_truncated: "cut to half"},
     "disk full": {
         surroundings.full_at_checkpoint: "at a checkpoint",
         surroundings.full_at_metrics: "at the metrics",
@@ -52,6 +53,7 @@ SHORT = (
     damage.config_deleted,
     damage.environment_truncated,
     damage.result_truncated,
+    damage.compiled_truncated,
     surroundings.full_at_checkpoint,
     surroundings.full_at_metrics,
     surroundings.full_at_result,

@@ -8,7 +8,6 @@ this machine cannot be harmed so.
 import dataclasses
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 from tests.commands import Commands, bits, notes, refusal
@@ -45,23 +44,20 @@ class Scene:
     def flags(self, workdir: Path) -> tuple[str, ...]:
         return (*Commands.many_checkpoints, f"--only_cell={Commands.cell}", f"--workdir={workdir}")
 
-    def start_again(self, workdir: Path, **options) -> subprocess.CompletedProcess:
-        """The same command again."""
-        return self.commands.run(*self.flags(workdir), **options)
-
-    def refused(self, workdir: Path, **options) -> str:
+    def refused(self, workdir: Path) -> str:
         """The one line with which the same command is refused, with exit code 1."""
-        return refusal(self.start_again(workdir, **options), 1)
+        return refusal(self.commands.run(*self.flags(workdir)), 1)
 
-    def goes_on(self, workdir: Path, step: int | None = None, without: str = "", **options) -> Lines:
+    def goes_on(self, workdir: Path, step: int | None = None, without: str = "", flags: tuple[str, ...] = ()) -> Lines:
         """What the same command says besides its progress, or where it begins; the end must be equal to the bit.
 
         Args:
           workdir: of the run.
           step: from which it must go on; 0 is from the beginning.
           without: a file that may be missing in the end.
+          flags: further ones.
         """
-        done = self.start_again(workdir, **options)
+        done = self.commands.run(*self.flags(workdir), *flags)
         assert done.returncode == 0, done.stderr
         lines = [line for line in done.stderr.splitlines() if "going on from step" in line]
         if step is not None:

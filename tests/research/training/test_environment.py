@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zlib
 
 import jax
 import jaxlib
@@ -115,6 +116,19 @@ def test_the_cache_folder_is_named_after_what_compiled_programs_depend_on(tmp_pa
     assert folder.name == f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-{environment.isa()}"
     monkeypatch.setattr(environment, "isa", lambda: "other")
     assert environment.compilation_cache_dir(tmp_path) != folder
+
+
+def test_compiled_programs_that_are_not_whole_are_removed(tmp_path):
+    whole = zlib.compress(os.urandom(20_000))
+    flipped = bytearray(whole)
+    flipped[10_000] ^= 1
+    contents = {"whole": whole, "short": whole[:-1], "half": whole[:9_000], "flipped": bytes(flipped), "empty": b""}
+    contents |= {"zstandard": b"\x28\xb5\x2f\xfd" + whole[:100]}
+    for name, content in contents.items():
+        (tmp_path / f"{name}-cache").write_bytes(content)
+    (tmp_path / "empty").touch()
+    environment._remove_torn(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"whole-cache", "zstandard-cache", "empty"}
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
