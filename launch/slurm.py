@@ -84,7 +84,7 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
             array, report = _commands(launch, len(names), own, further)
             _write(launch, lines, names)
             if own.dry_run:
-                print(shlex.join(array), shlex.join(report), sep="\n")
+                print(shlex.join(array), shlex.join(_after("ARRAY", report)), sep="\n")
                 return 0
             jobs = _submit(launch, names, array, report)
     if not names:
@@ -166,6 +166,10 @@ def _pattern(folder: Path) -> str:
     return str(folder).replace("%", "%%")  # sbatch reads %a and the like in the names of logs
 
 
+def _after(array: str, report: Sequence[str]) -> list[str]:
+    return [report[0], f"--dependency=afterany:{array}", *report[1:]]
+
+
 def _submit(launch: Launch, names: Sequence[str], array: Sequence[str], report: Sequence[str]) -> dict[str, Any]:
     """Submits both jobs, records them and says how to watch them."""
     workdir = launch.workdir
@@ -175,7 +179,7 @@ def _submit(launch: Launch, names: Sequence[str], array: Sequence[str], report: 
     write_json_atomic(path, jobs)
     print(f"job array {jobs['array']}: {len(names)} of the {len(launch.grid.names)} cells of {launch.experiment.name}")
     try:
-        jobs["report"] = slurm_jobs.submit([report[0], f"--dependency=afterany:{jobs['array']}", *report[1:]])
+        jobs["report"] = slurm_jobs.submit(_after(jobs["array"], report))
         write_json_atomic(path, jobs)
         print(f"job {jobs['report']}: the report, when they have ended; {workdir}/logs/report.log")
     except CarouselError as error:

@@ -108,6 +108,7 @@ def test_flags_become_options_of_sbatch(launcher, tmp_path):
     }
     assert own <= set(array) and not own & set(report) and "--open-mode=append" in array
     assert array[-2:] == [str(ROOT / "launch" / "slurm_array.sh"), str(slurm)]
+    assert report[1] == "--dependency=afterany:ARRAY"
     assert report[-1].startswith("--wrap=exec env ") and report[-1].endswith(" --finish")
     for line in lines:
         assert line[0] == "env" and f"--chdir={Path.cwd()}" in line and "NPROC=8" in line  # 4 for each device
@@ -116,6 +117,13 @@ def test_flags_become_options_of_sbatch(launcher, tmp_path):
     assert submitted(launcher, tmp_path, "--cpus_per_task=3", "--nproc=5")[2][0].count("NPROC=5") == 1
     array, _, lines = submitted(launcher, tmp_path, "--cpus_per_task=3")
     assert "NPROC=3" in lines[0] and "--array=0-3" in array and not [word for word in array if "gres" in word]
+    assert "--exclusive" not in array
+
+
+def test_cells_that_measure_have_a_node_by_themselves(launcher, tmp_path):
+    output, errors = launcher("slurm", "memory", f"--workdir={tmp_path}", "--dry_run").communicate(timeout=120)
+    array, report = map(shlex.split, output.splitlines())
+    assert "--exclusive" in array and "--exclusive" not in report, errors
 
 
 @pytest.mark.parametrize(
