@@ -24,12 +24,12 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
     # While it waits for the others in JAX's code, Python could not answer a signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    place = hosts.place_of(own, os.environ)
+    place, scratch = hosts.place_of(own, os.environ), Path(os.environ[hosts.SCRATCH])
     devices = asked.grid.config.devices
     if devices:
         jax.config.update("jax_num_cpu_devices", devices // place.processes)
     distributed.start(*place, own.start_timeout)
-    (Path(own.scratch) / hosts.JOINED).touch()
+    (scratch / hosts.JOINED).touch()
     asked_to_stop = runner.StopRequest()
     runner.end_with_launcher()
     _check_same(asked, place)
@@ -44,7 +44,7 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
         if distributed.is_writer():
             stack.enter_context(cells.lock(asked.workdir))
         else:
-            grid = dataclasses.replace(grid, workdir=Path(own.scratch) / "work")
+            grid = dataclasses.replace(grid, workdir=scratch / "work")
             stream = stack.enter_context(open(os.devnull, "w"))
             flags.FLAGS.tensorboard, flags.FLAGS.profile = False, None
         try:

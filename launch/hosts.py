@@ -29,8 +29,8 @@ from launch import cells
 from research.errors import Interrupted, UsageError
 
 LOST = 76
-# In the scratch folder, once the process has met the others.
-JOINED = "joined"
+# Variable with the folder that a child may fill, and what lies there once it has met the others.
+SCRATCH, JOINED = "CAROUSEL_SCRATCH", "joined"
 
 
 class Place(NamedTuple):
@@ -49,7 +49,6 @@ def own_flags() -> flags.FlagValues:
     flags.DEFINE_integer("num_processes", None, "How many there are (default: from Slurm).", lower_bound=1, **kind)
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0 (default: from Slurm).", lower_bound=0, **kind)
     flags.DEFINE_integer("start_timeout", 300, "Seconds to wait until all are there.", lower_bound=1, **kind)
-    flags.DEFINE_string("scratch", None, "(Set by the launcher itself.)", **kind)
     return own
 
 
@@ -100,9 +99,9 @@ def launch(asked: cells.Launch, own: flags.FlagValues) -> int:
     _check(asked, place, int(environment["NPROC"]))
     told = dict(zip(_PLACE_FLAGS, place, strict=True)) | {"start_timeout": own.start_timeout}
     with tempfile.TemporaryDirectory(prefix="carousel-") as scratch:
-        command = [sys.executable, "-m", "launch.host_process", asked.experiment.name, f"--scratch={scratch}"]
+        command = [sys.executable, "-m", "launch.host_process", asked.experiment.name]
         command += [*(f"--{name}={value}" for name, value in told.items()), *asked.words]
-        code = _watch(command, environment, f"process {place.process} of {place.processes}")
+        code = _watch(command, environment | {SCRATCH: scratch}, f"process {place.process} of {place.processes}")
         if code == LOST:
             _tell_loss(place, joined=(Path(scratch) / JOINED).exists(), timeout=own.start_timeout)
         return code
