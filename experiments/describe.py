@@ -11,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from experiments.runner import parse_flags
+from experiments.command_line import parse_flags
 from research.analysis import summary
 from research.errors import CarouselError, UsageError
 from research.models import MODELS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from experiments.runner import parse_flags
+from experiments.command_line import parse_flags
 from research.errors import CarouselError, UsageError
 
 

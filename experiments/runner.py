@@ -1,26 +1,21 @@
-"""What every experiment shares: flags from its Config, the grid of cells, progress, resume, exit codes, the report.
+"""What every experiment shares: flags from its Config, the grid of cells, progress, resume, the report.
 
 An experiment is three functions: `cells(config)` lists the grid, `run(cell, ...)` trains one cell, `report(workdir,
-cells)` makes tables and figures from run folders alone. This file gives them a command line.
-
-Exit codes: 0 done; 1 the environment (files, disk) or a failed cell; 2 the request; 75 interrupted, start it again.
+cells)` makes tables and figures from run folders alone. This file gives them a command.
 """
 
 import dataclasses
 import functools
 import importlib
 import os
-import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
-from experiments import options, surroundings
+from experiments import command_line, options, surroundings
 from research.errors import CarouselError, Interrupted, UsageError
 
 
@@ -76,7 +71,8 @@ def main(experiment: Experiment) -> None:
     """Parses the command line, runs the experiment, exits with its code."""
     define_flags(experiment)
     logging.set_verbosity(logging.WARNING)  # JAX tells at INFO which kinds of device the machine does not have
-    app.run(lambda _: sys.exit(guarded(lambda: _launch(experiment, flags.FLAGS))), flags_parser=parse_flags)
+    code = functools.partial(command_line.guarded, lambda: _launch(experiment, flags.FLAGS))
+    app.run(lambda _: sys.exit(code()), flags_parser=command_line.parse_flags)
 
 
 def names() -> list[str]:
@@ -112,45 +108,6 @@ def define_flags(experiment: Experiment) -> None:
         flags.DEFINE_enum("preset", None, recipes, "A published recipe; other flags override it.", **script)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Reads a command line into `flags.FLAGS`; exits with one line where it is no right one."""
-    try:
-        rest = flags.FLAGS(argv)
-        if rest[1:]:
-            raise flags.Error(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-    except SystemExit:
-        sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
-    except flags.Error as error:
-        _fail(f"{' '.join(str(error).split())} (--help lists the flags)", UsageError.exit_code)
-    return rest
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def guarded(command: Callable[[], int]) -> int:
-    """The exit code of a command; what a user can do something about ends in one line."""
-    try:
-        return command()
-    except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
-        return stop.exit_code
-    except CarouselError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
-        return Interrupted.exit_code
-    except OSError as error:
-        if error.errno is None:
-            raise
-        place = error.filename or flags.FLAGS.workdir  # a failed write does not say to which file
-        print(f"error: {place}: {error.strerror}; free or choose another place (--workdir)", file=sys.stderr)
-        return CarouselError.exit_code
-
-
 def parse_config(experiment: Experiment, values: flags.FlagValues) -> Any:
     """The Config that the flags ask for: defaults, then the preset, then what was given, and `--smoke` on top.
 
@@ -179,25 +136,6 @@ def parse_config(experiment: Experiment, values: flags.FlagValues) -> Any:
 
 def _exclusive_of(experiment: Experiment, names: Mapping[str, Any]) -> set[str]:
     return {name for group in experiment.exclusive if set(group) & set(names) for name in group}
-
-
-class StopRequest:
-    """Turns the first SIGTERM or SIGINT into a question that the trainer asks; a second SIGINT ends at once."""
-
-    def __init__(self, announcement: str = "stopping: a checkpoint is written after the steps in flight"):
-        self._asked, self._announcement = False, announcement
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self._handle)
-
-    def _handle(self, number, frame):
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self._asked:
-            print(f"\n{self._announcement}", file=sys.stderr)
-        self._asked = True
-
-    def __call__(self) -> bool:
-        return self._asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,39 +195,6 @@ def threads(devices: int | None) -> int:
 _OF_THE_PLACE = ("workdir", "only_cell", "report_only", *surroundings.FLAGS)
 
 
-def without_flags(words: Sequence[str], names: Sequence[str] = _OF_THE_PLACE) -> list[str]:
-    """A command line's words without these flags and their values: what makes the same runs, wherever."""
-    kept, skip = [], False
-    for word in words:
-        name, equals, _ = word.lstrip("-").partition("=")
-        if skip:
-            skip = False
-        elif word.startswith("-") and name.removeprefix("no") in names and flags.FLAGS[name.removeprefix("no")].boolean:
-            continue
-        elif word.startswith("-") and name in names:
-            skip = not equals
-        else:
-            kept.append(word)
-    return kept
-
-
-LAUNCHER = "CAROUSEL_LAUNCHER"
-"""Variable with the number of the process that started this one and without which it is not wanted."""
-
-
-def _end_with(parent: int) -> None:
-    """Asks this process to stop, as SIGTERM does, when its parent is another: the launcher was killed."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def end_with_launcher() -> None:
-    """Has this process stop when its launcher, if it has one, is gone."""
-    if LAUNCHER in os.environ:
-        threading.Thread(target=_end_with, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
-
-
 def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
     grid = grid_of(experiment, values)
     if values.only_cell is not None:
@@ -297,8 +202,8 @@ def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
         if not chosen:
             raise UsageError(f"--only_cell={values.only_cell}: the cells are {', '.join(grid.names)}")
         grid = dataclasses.replace(grid, cells=chosen)
-    stop = StopRequest()
-    end_with_launcher()
+    stop = command_line.StopRequest()
+    command_line.end_with_launcher()
     if not values.report_only:
         run_cells(experiment, grid, stop, values)
     return conclude(experiment, grid, report=values.only_cell is None)
@@ -346,7 +251,12 @@ def run_cells(
     os.environ.setdefault("NPROC", str(threads(devices)))  # for those who call Python themselves; read at first use
     if devices and not jax.distributed.is_initialized():  # else each process has its share of them by now
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of a device
-    command = ("python", "-m", f"experiments.{experiment.name}", *without_flags(sys.argv[1:]))
+    command = (
+        "python",
+        "-m",
+        f"experiments.{experiment.name}",
+        *command_line.without_flags(sys.argv[1:], _OF_THE_PLACE),
+    )
     for cell in grid.cells:
         precision.check(cell)
     prepare(experiment, grid)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from experiments import runner
+from experiments import command_line, runner
 from research.errors import UsageError
 from research.files import io_error, make_folder
 from research.training import run_folder
@@ -49,7 +49,7 @@ class Launch:
         return [*self._start(), "--report_only"]
 
     def _start(self) -> list[str]:
-        words = runner.without_flags(self.words, ("workdir", "only_cell", "report_only"))
+        words = command_line.without_flags(self.words, ("workdir", "only_cell", "report_only"))
         return [sys.executable, "-m", f"experiments.{self.experiment.name}", *words, f"--workdir={self.workdir}"]
 
     def environment(self) -> dict[str, str]:
@@ -72,7 +72,7 @@ def main(description: str, own: flags.FlagValues, launch: Callable[[Launch], int
       launch: does it; raises CarouselError.
     """
     logging.set_verbosity(logging.WARNING)
-    sys.exit(runner.guarded(lambda: launch(parse(sys.argv, own, description))))
+    sys.exit(command_line.guarded(lambda: launch(parse(sys.argv, own, description))))
 
 
 def parse(argv: list[str], own: flags.FlagValues, description: str = "") -> Launch:
@@ -101,7 +101,7 @@ def parse(argv: list[str], own: flags.FlagValues, description: str = "") -> Laun
         _, *words = own([argv[0], *argv[2:]], known_only=True)
     except flags.Error as error:
         raise UsageError(f"{' '.join(str(error).split())} ({module} --help lists the flags)") from None
-    runner.parse_flags([argv[0], *words])
+    command_line.parse_flags([argv[0], *words])
     values = flags.FLAGS
     for flag in ("only_cell", "report_only"):
         if values[flag].value:

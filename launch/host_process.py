@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from experiments import runner
+from experiments import command_line, runner
 from launch import cells, hosts
 from research.errors import CarouselError, Interrupted, UsageError
 
@@ -30,8 +30,8 @@ def run(asked: cells.Launch, own: flags.FlagValues) -> int:
         jax.config.update("jax_num_cpu_devices", devices // place.processes)
     distributed.start(*place, own.start_timeout)
     (scratch / hosts.JOINED).touch()
-    asked_to_stop = runner.StopRequest()
-    runner.end_with_launcher()
+    asked_to_stop = command_line.StopRequest()
+    command_line.end_with_launcher()
     _check_same(asked, place)
     # The command that makes the same runs without a launcher, for the record.
     sys.argv[1:] = [*asked.words, *([] if devices else [f"--devices={jax.device_count()}"])]
@@ -86,7 +86,7 @@ def main() -> None:
     os.dup2(2, 1)
     own = hosts.own_flags()
     try:
-        code = runner.guarded(lambda: run(cells.parse(sys.argv, own), own))
+        code = command_line.guarded(lambda: run(cells.parse(sys.argv, own), own))
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException as error:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from experiments import runner
+from experiments import command_line
 from launch import cells
 from research.errors import Interrupted, UsageError
 
@@ -95,7 +95,7 @@ def launch(asked: cells.Launch, own: flags.FlagValues) -> int:
       UsageError: the processes cannot train such an experiment.
     """
     place = place_of(own, os.environ)
-    environment = os.environ | asked.environment() | {runner.LAUNCHER: str(os.getpid())}
+    environment = os.environ | asked.environment() | {command_line.LAUNCHER: str(os.getpid())}
     _check(asked, place, int(environment["NPROC"]))
     told = dict(zip(_PLACE_FLAGS, place, strict=True)) | {"start_timeout": own.start_timeout}
     with tempfile.TemporaryDirectory(prefix="carousel-") as scratch:

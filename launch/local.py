@@ -19,7 +19,7 @@ from absl import flags
 from rich.console import Console
 from rich.live import Live
 
-from experiments import runner
+from experiments import command_line, runner
 from launch import cells, machine
 from launch.table import line, table
 from research.errors import CarouselError, Interrupted, UsageError
@@ -85,7 +85,9 @@ class _Pool:
         self._free = list(range(workers))
         self._running: list[_Try] = []
         self._failed: dict[str, tuple[_Try, str]] = {}
-        self._stop = runner.StopRequest("stopping: every running cell writes a checkpoint; Ctrl-C again ends at once")
+        self._stop = command_line.StopRequest(
+            "stopping: every running cell writes a checkpoint; Ctrl-C again ends at once"
+        )
         self._stopped = False
         self._console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
         self._finished: dict[str, status.Status] = {}
@@ -142,7 +144,7 @@ class _Pool:
         slot = self._free.pop(0)
         log = self._logs / f"{name}.log"
         make_folder(self._logs)
-        environment = os.environ | self._sweep.environment() | {runner.LAUNCHER: str(os.getpid())}
+        environment = os.environ | self._sweep.environment() | {command_line.LAUNCHER: str(os.getpid())}
         if self._gpus[slot]:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot])
             if self._memory:

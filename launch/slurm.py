@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import runner
+from experiments import command_line, runner
 from launch import cells, slurm_jobs, slurm_watch
 from launch.cells import Launch
 from launch.slurm_watch import FOLDER
@@ -140,7 +140,7 @@ def _commands(launch: Launch, number: int, own: flags.FlagValues, further: list[
     if own.gpus_per_task:
         array.append(f"--gres=gpu:{own.gpus_per_task}")
     array += [f"--output={_pattern(folder)}/%a.log", *further, str(_SCRIPT), str(folder)]
-    again = [sys.executable, "-m", "launch.slurm", name, *runner.without_flags(launch.words, ["workdir"])]
+    again = [sys.executable, "-m", "launch.slurm", name, *command_line.without_flags(launch.words, ["workdir"])]
     line = _line([*again, f"--workdir={launch.workdir}", "--finish"], _variables(launch, own))
     report = [*common, f"--job-name={name}-report", f"--output={_pattern(launch.workdir)}/logs/report.log"]
     return array, [*report, *further, f"--wrap=exec {line}"]

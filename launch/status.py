@@ -12,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.live import Live
 
-from experiments import runner
+from experiments import command_line
 from launch.table import table
 from research.errors import UsageError
 from research.training import status
@@ -56,4 +56,4 @@ def show(workdir: Path, watch: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.guarded(main))
+    sys.exit(command_line.guarded(main))

@@ -5,7 +5,7 @@ import os
 import pytest
 from absl import flags
 
-from experiments import runner
+from experiments import command_line, runner
 from research.analysis.results import read_run
 from research.files import write_json_atomic
 from research.training import run_folder
@@ -28,12 +28,12 @@ def command():
 
     def call(experiment, *arguments, stop=lambda: False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(runner, "StopRequest", lambda: stop)  # it would take over pytest's signals
+            patch.setattr(command_line, "StopRequest", lambda: stop)  # it would take over pytest's signals
             patch.setenv("NPROC", os.environ.get("NPROC", "2"))
             runner.define_flags(experiment)
             try:
-                runner.parse_flags([experiment.name, "--compilation_cache=", *map(str, arguments)])
-                return runner.guarded(lambda: runner._launch(experiment, runner.flags.FLAGS))
+                command_line.parse_flags([experiment.name, "--compilation_cache=", *map(str, arguments)])
+                return command_line.guarded(lambda: runner._launch(experiment, runner.flags.FLAGS))
             except SystemExit as stopped:
                 return stopped.code
             finally:

@@ -17,7 +17,7 @@ import jax
 import pytest
 from absl import flags
 
-from experiments import generate, runner
+from experiments import command_line, generate, runner
 from experiments.language_model import EXPERIMENT, Config, cells
 from research.files import write_json_atomic
 
@@ -162,7 +162,7 @@ def write(capsys):
         code = 0
         try:
             generate._define_flags()
-            generate.main(runner.parse_flags(["generate", *([f"--run={folder}"] if folder else []), *arguments]))
+            generate.main(command_line.parse_flags(["generate", *([f"--run={folder}"] if folder else []), *arguments]))
         except SystemExit as stopped:
             code = stopped.code
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import runner
+from experiments import command_line, runner
 from experiments.options import option
 from experiments.runner import Experiment
 from research.errors import UsageError
@@ -53,7 +53,7 @@ def parse():
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
         runner.define_flags(EXPERIMENT)
-        runner.parse_flags(["toy", *arguments])
+        command_line.parse_flags(["toy", *arguments])
         return runner.parse_config(EXPERIMENT, flags.FLAGS)
 
     yield call
@@ -448,7 +448,7 @@ def test_the_recorded_command_makes_the_same_runs_elsewhere(parse):
         "--profile=1:2",
         "--count=1",
     ]
-    assert runner.without_flags(words) == ["--sizes=1,2", "--loud", "--count=1"]
+    assert command_line.without_flags(words, runner._OF_THE_PLACE) == ["--sizes=1,2", "--loud", "--count=1"]
 
 
 def test_experiments_by_name():

@@ -8,7 +8,7 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import runner
+from experiments import command_line
 from launch import cells
 from research.errors import CarouselError, UsageError
 
@@ -93,7 +93,7 @@ def test_a_process_ends_with_its_launcher(commands, tmp_path):
     follow = shlex.join([sys.executable, "-c", FOLLOWS, str(tmp_path / "pid")])
     # A shell that starts it in the background and dies when it is ready.
     script = (
-        f'export {runner.LAUNCHER}=$$; {follow} & while ! [ -s "{tmp_path / "pid"}" ]; do sleep 0.1; done; kill -9 $$'
+        f"export {command_line.LAUNCHER}=$$; {follow} & while ! [ -s '{tmp_path}/pid' ]; do sleep 0.1; done; kill -9 $$"
     )
     done = subprocess.run(["sh", "-c", script], env=commands.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -9
@@ -102,9 +102,9 @@ def test_a_process_ends_with_its_launcher(commands, tmp_path):
 
 FOLLOWS = """
 import os, sys, threading, time
-from experiments import runner
-stop = runner.StopRequest()
-threading.Thread(target=runner._end_with, args=(int(os.environ[runner.LAUNCHER]),), daemon=True).start()
+from experiments import command_line
+stop = command_line.StopRequest()
+threading.Thread(target=command_line._end_with, args=(int(os.environ[command_line.LAUNCHER]),), daemon=True).start()
 open(sys.argv[1], "w").write(str(os.getpid()))
 while not stop():
     time.sleep(0.1)

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from experiments import runner
+from experiments import command_line, runner
 from experiments.depth_ablation import Config
 from experiments.depth_ablation import cells as grid
 from launch import local
@@ -152,7 +152,7 @@ def test_every_process_has_its_share(monkeypatch, tmp_path):
     bound = []
     monkeypatch.setattr(local.subprocess, "Popen", Process)
     monkeypatch.setattr(local.os, "sched_setaffinity", lambda pid, cores: bound.append(cores), raising=False)
-    monkeypatch.setattr(local.runner, "StopRequest", lambda text: lambda: False)
+    monkeypatch.setattr(local.command_line, "StopRequest", lambda text: lambda: False)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     for folder in Sweep.grid.folders:
         folder.mkdir(parents=True)
@@ -165,4 +165,4 @@ def test_every_process_has_its_share(monkeypatch, tmp_path):
         assert bound == [[0, 1], [2, 3], [4, 5], [6, 7]]
         assert [env.get("CUDA_VISIBLE_DEVICES") for env in started] == (gpus * 4)[:4] if gpus else [None] * 4
         assert {env.get("XLA_PYTHON_CLIENT_MEM_FRACTION") for env in started} == {memory}
-        assert {(env["NPROC"], env[runner.LAUNCHER]) for env in started} == {("8", str(os.getpid()))}
+        assert {(env["NPROC"], env[command_line.LAUNCHER]) for env in started} == {("8", str(os.getpid()))}
