@@ -1,5 +1,6 @@
 """Starts experiments as users do, in fresh processes, and compares the bits that they leave."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,14 +49,19 @@ class Commands:
         line = [*prefix, *self.line(*flags, experiment=experiment)]
         return subprocess.run(line, capture_output=True, text=True, **options)
 
-    def start(self, *flags: object) -> subprocess.Popen:
-        """Starts the depth ablation and returns; to be used as a context manager."""
+    def start(self, *flags: object) -> contextlib.AbstractContextManager[subprocess.Popen]:
+        """Starts the depth ablation and goes on; it is killed if it is not at its end when the body is."""
         return self.popen(self.line(*flags))
 
-    def popen(self, line: list[str], **environment: str) -> subprocess.Popen:
-        """Starts a command in the same surroundings."""
+    @contextlib.contextmanager
+    def popen(self, line: list[str], **environment: str) -> Iterator[subprocess.Popen]:
+        """Starts a command in the same surroundings; as `start`."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(line, cwd=ROOT, env=self.environment | environment, **pipes)
+        with subprocess.Popen(line, cwd=ROOT, env=self.environment | environment, **pipes) as process:
+            try:
+                yield process
+            finally:
+                process.kill()  # else a failed test would wait for it, for ever where it is stopped
 
     def script(
         self, script: str, *arguments: object, timeout: float = 300, cwd: Path = ROOT, **environment

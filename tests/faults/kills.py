@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.commands import ROOT, Commands, bits, run_of
@@ -78,7 +79,7 @@ def watched_line(commands: Commands, *flags: object) -> list[str]:
     return [interpreter, str(_WATCHED), *rest]
 
 
-def watched(commands: Commands, log: Path, *flags: str, **environment: str) -> subprocess.Popen:
+def watched(commands: Commands, log: Path, *flags: str, **environment: str) -> AbstractContextManager[subprocess.Popen]:
     """Starts the run that is to be killed."""
     log.unlink(missing_ok=True)
     return commands.popen(watched_line(commands, *flags), FAULTS_LOG=str(log), **environment)
