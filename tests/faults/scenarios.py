@@ -46,12 +46,10 @@ ALL = {
 SHORT = (
     damage.truncated,
     damage.flipped,
-    damage.all_flipped,
     damage.half_deleted,
     damage.best_flipped,
     damage.metrics_changed,
     damage.config_deleted,
-    damage.environment_truncated,
     damage.result_truncated,
     damage.compiled_truncated,
     surroundings.full_at_checkpoint,
@@ -62,6 +60,5 @@ SHORT = (
     surroundings.clock_jumps,
     surroundings.second_process,
     surroundings.other_format,
-    surroundings.other_code,
 )
-"""Those that show each kind of harm once."""
+"""Those that show each kind of harm once; the others have tests of their parts elsewhere."""
