@@ -202,10 +202,12 @@ def _launch(experiment: Experiment, values: flags.FlagValues) -> int:
         if not chosen:
             raise UsageError(f"--only_cell={values.only_cell}: the cells are {', '.join(grid.names)}")
         grid = dataclasses.replace(grid, cells=chosen)
+    if values.report_only:
+        experiment.report(grid.workdir, grid.names)
+        return 0
     stop = command_line.StopRequest()
     command_line.end_with_launcher()
-    if not values.report_only:
-        run_cells(experiment, grid, stop, values)
+    run_cells(experiment, grid, stop, values)
     return conclude(experiment, grid, report=values.only_cell is None)
 
 

@@ -165,7 +165,7 @@ def environment_truncated(scene: Scene) -> Lines:
 def compiled_truncated(scene: Scene) -> Lines:
     """Compiled programs, as one leaves them who is killed while he writes them, are made again without a word."""
     workdir = scene.copy()
-    programs = {path: path.read_bytes() for path in scene.commands.cache.rglob("jit_stretch-*-cache")}
+    programs = {path: path.read_bytes() for path in scene.commands.cache.glob("jax-*/jit_stretch-*-cache")}
     for path in programs:
         cut(path)
     try:
