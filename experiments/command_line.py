@@ -36,7 +36,10 @@ def _fail(message: str, code: int) -> None:
 def guarded(command: Callable[[], int]) -> int:
     """The exit code of a command; what a user can do something about ends in one line."""
     try:
-        return command()
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, where it may fail
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
         return stop.exit_code
@@ -46,10 +49,14 @@ def guarded(command: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted at once; the same command goes on from the last checkpoint", file=sys.stderr)
         return Interrupted.exit_code
+    except BrokenPipeError:
+        # Whoever read the output has left, such as `head`; what Python still holds of it would fail again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CarouselError.exit_code
     except OSError as error:
         if error.errno is None:
             raise
-        place = error.filename or flags.FLAGS.workdir  # a failed write does not say to which file
+        place = error.filename or getattr(flags.FLAGS, "workdir", "output")  # a failed write does not say to which file
         print(f"error: {place}: {error.strerror}; free or choose another place (--workdir)", file=sys.stderr)
         return CarouselError.exit_code
 

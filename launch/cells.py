@@ -84,9 +84,8 @@ def parse(argv: list[str], own: flags.FlagValues, description: str = "") -> Laun
     module = f"python -m launch.{Path(argv[0]).stem}"
     name = argv[1] if len(argv) > 1 else ""
     if name in ("--help", "-h", "-help", "--helpfull", "help"):
-        print(
-            f"{description}\n\nusage: {module} EXPERIMENT [flags of {module}] [flags of EXPERIMENT]\n{own.get_help()}"
-        )
+        usage = f"usage: {module} EXPERIMENT [flags of {module}] [flags of EXPERIMENT]"
+        print(f"{description}\n\n{usage}\n{own.main_module_help()}")
         print(f"\n{module} EXPERIMENT --help lists an experiment's flags.")
         sys.exit(0)
     if not name or name.startswith("-"):

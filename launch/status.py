@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     except flags.Error as error:
         raise UsageError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
     if own.help:
-        print(f"{__doc__}\n{own.get_help()}")
+        print(f"{__doc__}\n{own.main_module_help()}")
         return 0
     if len(words) != 1:
         raise UsageError("name one working folder: python -m launch.status WORKDIR")

@@ -66,6 +66,19 @@ def test_a_wrong_line_is_refused_in_one(parse, words, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_help_tells_of_the_launchers_own_flags(launcher):
+    out, err = launcher("local", "--help").communicate(timeout=120)
+    assert err == "" and "usage: python -m launch.local EXPERIMENT" in out and "--workers:" in out
+    assert "flagfile" not in out
+
+
+def test_nobody_reading_on_is_no_error_to_tell_of(commands):
+    line = f"{shlex.quote(sys.executable)} -m launch.local --help | true"
+    environment = commands.environment | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) in ((0, b""), (1, b""))
+
+
 def test_threads_stay_those_of_a_run_by_itself(parse, monkeypatch):
     launch = parse("depth_ablation", "--devices=2")
     monkeypatch.setenv("NPROC", "3")
