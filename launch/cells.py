@@ -40,6 +40,14 @@ class Launch:
     def workdir(self) -> Path:
         return self.grid.workdir.absolute()
 
+    def unfinished(self) -> list[str]:
+        """Names of the cells without a result."""
+        return [name for name in self.grid.names if not run_folder.finished(self.folder(name))]
+
+    def folder(self, name: str) -> Path:
+        """The run folder of a cell."""
+        return self.workdir / "runs" / name
+
     def command(self, name: str) -> list[str]:
         """Trains one cell; the same from any folder but for relative paths among the experiment's flags."""
         return [*self._start(), f"--only_cell={name}"]

@@ -62,21 +62,17 @@ def launch(sweep: cells.Launch, workers: int | None) -> int:
         runner.prepare(sweep.experiment, sweep.grid)
         pool = _Pool(sweep, workers, gpus, cores)
         failed = pool.run()
-        finished = [name for name, folder in _folders(sweep) if run_folder.finished(folder)]
-        code = runner.conclude(sweep.experiment, sweep.grid) if finished else 0
+        any_finished = len(sweep.unfinished()) < len(sweep.grid.names)
+        code = runner.conclude(sweep.experiment, sweep.grid) if any_finished else 0
     for attempt, reason in failed.values():
         _tell_failure(attempt, reason)
     return CarouselError.exit_code if failed else code
 
 
-def _folders(sweep):
-    return zip(sweep.grid.names, sweep.grid.folders, strict=True)
-
-
 class _Pool:
     def __init__(self, sweep: cells.Launch, workers: int, gpus: list[str], cores: list[int]):
         self._sweep = sweep
-        unfinished = [name for name, folder in _folders(sweep) if not run_folder.finished(folder)]
+        unfinished = sweep.unfinished()
         self._queue = collections.deque((name, 1) for name in unfinished)
         workers = max(1, min(workers, len(unfinished)))
         self._cores = machine.shares(cores, workers)
@@ -105,7 +101,7 @@ class _Pool:
             for each in self._running:  # Ctrl-C for the second time, or an error of ours
                 each.process.kill()
         if self._stop() and (self._queue or self._stopped):
-            done = sum(run_folder.finished(folder) for folder in self._sweep.grid.folders)
+            done = total - len(self._sweep.unfinished())
             raise Interrupted(f"{self._sweep.workdir}: {done} of {total} cells are finished; the same command goes on")
         return self._failed
 
@@ -135,10 +131,12 @@ class _Pool:
         return self._sweep.workdir / "logs"
 
     def _statuses(self) -> list[status.Status]:
-        for name, folder in _folders(self._sweep):
-            if name not in self._finished and (found := status.read(folder)).finished:
-                self._finished[name] = found
-        return [self._finished.get(name) or status.read(folder) for name, folder in _folders(self._sweep)]
+        told = []
+        for name in self._sweep.grid.names:
+            told.append(self._finished.get(name) or status.read(self._sweep.folder(name)))
+            if told[-1].finished:
+                self._finished[name] = told[-1]
+        return told
 
     def _start(self, name: str, number: int) -> _Try:
         slot = self._free.pop(0)
@@ -167,7 +165,7 @@ class _Pool:
         self._running.remove(each)
         self._free.append(each.slot)
         code, seconds = each.process.returncode, clock(time.monotonic() - each.start)
-        if run_folder.finished(self._sweep.grid.folders[self._sweep.grid.names.index(each.name)]):
+        if run_folder.finished(self._sweep.folder(each.name)):
             self._failed.pop(each.name, None)
             self._note(f"{each.name}: done in {seconds}")
         elif self._stop() and code == Interrupted.exit_code:

@@ -74,10 +74,10 @@ def start(launch: Launch, own: flags.FlagValues) -> int:
         raise UsageError(f"--sbatch_options={own.sbatch_options!r}: {error}") from None
     with cells.lock(launch.workdir):
         _refuse_a_second(launch.workdir)
-        if not own.dry_run and slurm_watch.unfinished(launch):
+        if not own.dry_run and launch.unfinished():
             slurm_jobs.ask("squeue", "--me", "--noheader")  # is there a Slurm at all?
         runner.prepare(launch.experiment, launch.grid)
-        names = slurm_watch.unfinished(launch)
+        names = launch.unfinished()
         if names:
             variables = _variables(launch, own)
             lines = [_line(launch.command(name), variables) for name in names]

@@ -32,12 +32,6 @@ def read_jobs(workdir: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def unfinished(launch: Launch) -> list[str]:
-    """Names of the cells without a result."""
-    folders = zip(launch.grid.names, launch.grid.folders, strict=True)
-    return [name for name, folder in folders if not run_folder.finished(folder)]
-
-
 def wait(launch: Launch, jobs: Mapping[str, Any]) -> int:
     """Shows progress until the last task of the array has ended, then makes the report; returns the exit code."""
     console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -84,7 +78,7 @@ def finish(launch: Launch) -> int:
     Raises:
       CarouselError: a cell is not finished; why has been printed.
     """
-    names = unfinished(launch)
+    names = launch.unfinished()
     if names:
         for reason in _reasons(launch, names):
             print(reason, file=sys.stderr)
@@ -107,7 +101,7 @@ def _reasons(launch: Launch, names: Sequence[str]) -> list[str]:
     by_name = {name: told.get(index) for index, name in enumerate(jobs.get("cells", ()))}
     lines = []
     for name in names:
-        folder, log = launch.workdir / "runs" / name, launch.workdir / "logs" / f"{name}.log"
+        folder, log = launch.folder(name), launch.workdir / "logs" / f"{name}.log"
         run = status.read(folder) if (folder / run_folder.CONFIG).exists() else status.Status(name, "not submitted")
         parts = [f"{run.state} at step {steps(run)}" if steps(run) else run.state, run.message]
         parts += [f"Slurm: {by_name[name]}" if by_name.get(name) else "", f"log: {log}" if log.exists() else ""]

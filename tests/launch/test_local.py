@@ -146,6 +146,9 @@ def test_every_process_has_its_share(monkeypatch, tmp_path):
         def command(self, name):
             return [name]
 
+        def unfinished(self):
+            return self.grid.names
+
         def environment(self):
             return {"NPROC": "8"}
 
