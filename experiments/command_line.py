@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from research.errors import CarouselError, Interrupted, UsageError
+from research.errors import CarouselError, Interrupted, UsageError, one_line
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -24,7 +24,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except SystemExit:
         sys.exit(0)  # absl has printed the help that was asked for, and would exit with 1
     except flags.Error as error:
-        _fail(f"{' '.join(str(error).split())} (--help lists the flags)", UsageError.exit_code)
+        _fail(f"{one_line(error)} (--help lists the flags)", UsageError.exit_code)
     return rest
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from experiments import command_line, runner
-from research.errors import UsageError
+from research.errors import UsageError, one_line
 from research.files import io_error, make_folder
 from research.training import run_folder
 
@@ -107,7 +107,7 @@ def parse(argv: list[str], own: flags.FlagValues, description: str = "") -> Laun
     try:
         _, *words = own([argv[0], *argv[2:]], known_only=True)
     except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())} ({module} --help lists the flags)") from None
+        raise UsageError(f"{one_line(error)} ({module} --help lists the flags)") from None
     command_line.parse_flags([argv[0], *words])
     values = flags.FLAGS
     for flag in ("only_cell", "report_only"):

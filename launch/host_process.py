@@ -12,7 +12,7 @@ from absl import flags, logging
 
 from experiments import command_line, runner
 from launch import cells, hosts
-from research.errors import CarouselError, Interrupted, UsageError
+from research.errors import CarouselError, Interrupted, Lost, UsageError
 
 
 def run(asked: cells.Launch, own: flags.FlagValues) -> int:
@@ -93,8 +93,8 @@ def main() -> None:
         from research.training import distributed
 
         if distributed.is_loss(error):
-            print(f"a message to another process failed: {' '.join(str(error).split())[:300]}", file=sys.stderr)
-            code = hosts.LOST
+            print(f"a message to another process failed: {distributed.line(error)}", file=sys.stderr)
+            code = Lost.exit_code
         else:
             traceback.print_exc()
             code = 1

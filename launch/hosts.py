@@ -26,9 +26,8 @@ from absl import flags
 
 from experiments import command_line
 from launch import cells
-from research.errors import Interrupted, UsageError
+from research.errors import Interrupted, Lost, UsageError
 
-LOST = 76
 # Variable with the folder that a child may fill, and what lies there once it has met the others.
 SCRATCH, JOINED = "CAROUSEL_SCRATCH", "joined"
 
@@ -102,7 +101,7 @@ def launch(asked: cells.Launch, own: flags.FlagValues) -> int:
         command = [sys.executable, "-m", "launch.host_process", asked.experiment.name]
         command += [*(f"--{name}={value}" for name, value in told.items()), *asked.words]
         code = _watch(command, environment | {SCRATCH: scratch}, f"process {place.process} of {place.processes}")
-        if code == LOST:
+        if code == Lost.exit_code:
             _tell_loss(place, joined=(Path(scratch) / JOINED).exists(), timeout=own.start_timeout)
         return code
 
@@ -149,7 +148,7 @@ def _watch(command: list[str], environment: Mapping[str, str], name: str) -> int
         print(f"interrupted: {name}: stopped before the first step", file=sys.stderr)
         return Interrupted.exit_code
     if code == -signal.SIGABRT:  # by JAX's runtime, whose words are above
-        return LOST
+        return Lost.exit_code
     if code < 0:
         print(f"error: {name} was ended by {signal.Signals(-code).name}; start all of them again", file=sys.stderr)
         return 128 - code

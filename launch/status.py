@@ -14,7 +14,7 @@ from rich.live import Live
 
 from experiments import command_line
 from launch.table import table
-from research.errors import UsageError
+from research.errors import UsageError, one_line
 from research.training import status
 
 _EVERY = 2.0
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _, *words = own(argv or sys.argv)
     except flags.Error as error:
-        raise UsageError(f"{' '.join(str(error).split())} (--help lists the flags)") from None
+        raise UsageError(f"{one_line(error)} (--help lists the flags)") from None
     if own.help:
         print(f"{__doc__}\n{own.main_module_help()}")
         return 0

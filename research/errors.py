@@ -20,3 +20,14 @@ class Interrupted(CarouselError):
     """
 
     exit_code = 75
+
+
+class Lost(CarouselError):
+    """Another process of a run over several is gone; all have to be started again, and go on from the checkpoint."""
+
+    exit_code = 76
+
+
+def one_line(error: object) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from research.data import cifar10, files, mnist
-from research.errors import CarouselError, Interrupted, UsageError
+from research.errors import CarouselError, Interrupted, UsageError, one_line
 
 CHUNK = 1 << 20  # bytes
 REPORT_EVERY = 16 << 20  # bytes; a line of progress each
@@ -172,7 +172,7 @@ def _transfer(url: str, part: pathlib.Path, say: Say) -> None:
                 return
             raise _Unreachable(f"HTTP {error.code} {error.reason}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _Unreachable(_one_line(getattr(error, "reason", error))) from error
+        raise _Unreachable(one_line(getattr(error, "reason", error))) from error
     with response:
         if have and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
             have = 0
@@ -198,7 +198,7 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
             # read1 and not read: what came before a connection breaks is kept.
             chunk = response.read1(CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise _Unreachable(_one_line(error)) from error
+            raise _Unreachable(one_line(error)) from error
         if not chunk:
             return
         yield chunk
@@ -244,7 +244,7 @@ def unpack(
                 os.replace(part, path)
                 say(f"{path}: unpacked, verified")
     except (ValueError, tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise CarouselError(f"{archive}: {_one_line(error)}; delete the file and run the same command again") from error
+        raise CarouselError(f"{archive}: {one_line(error)}; delete the file and run the same command again") from error
 
 
 def _wanted_members(tar: tarfile.TarFile, members: Mapping[str, str], size_limit: int) -> dict[str, tarfile.TarInfo]:
@@ -296,10 +296,6 @@ def _sync(file) -> None:
     """The data before the name: a rename must not outlive a crash that the content does not."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def main(argv: Sequence[str] | None = None, *, sources: Mapping[str, Sequence[Remote]] = SOURCES) -> int:

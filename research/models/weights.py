@@ -46,7 +46,7 @@ import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from research.errors import CarouselError, UsageError
+from research.errors import CarouselError, UsageError, one_line
 from research.files import make_folder, write_atomic
 from research.models.resnet_tables import IMAGENET_DEPTHS, imagenet_resnet
 from research.ops import initializers
@@ -160,7 +160,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     try:
         entries = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
-        raise CarouselError(f"{path} is damaged ({' '.join(str(error).split())}): get it again") from error
+        raise CarouselError(f"{path} is damaged ({one_line(error)}): get it again") from error
     arrays = {}
     for name, entry in entries:
         if entry["dtype"] not in _DTYPES:

@@ -18,16 +18,10 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from research.errors import CarouselError
+from research.errors import CarouselError, Lost, one_line
 
 HEARTBEAT = 10
 """Seconds without a sign of life after which a process counts as lost."""
-
-
-class Lost(CarouselError):
-    """Another process of this run is gone; all have to be started again."""
-
-    exit_code = 76
 
 
 # What a message to a process that is gone ends in: Gloo's, NCCL's and the coordinator's words.
@@ -63,16 +57,16 @@ def start(coordinator: str, processes: int, process: int, timeout: int = 300) ->
     except RuntimeError as error:
         if "bind" in str(error) or "UNKNOWN" in str(error):
             raise CarouselError(
-                f"process 0 cannot listen on {coordinator}: {_line(error)}; choose another port"
+                f"process 0 cannot listen on {coordinator}: {line(error)}; choose another port"
             ) from error
-        raise Lost(f"the processes did not meet at {coordinator}: {_line(error)}") from error
+        raise Lost(f"the processes did not meet at {coordinator}: {line(error)}") from error
     try:
         any_of(False)
     except Exception as error:
         if not is_loss(error):
             raise
         raise Lost(
-            f"the processes cannot reach each other ({_line(error)}): on every host its name, as hostname prints it, "
+            f"the processes cannot reach each other ({line(error)}): on every host its name, as hostname prints it, "
             "has to stand for an address that the others reach"
         ) from error
 
@@ -88,8 +82,9 @@ def is_loss(error: BaseException) -> bool:
     return isinstance(error, Lost) or (isinstance(error, RuntimeError | ValueError) and bool(_LOST.search(str(error))))
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def line(error: BaseException) -> str:
+    """What an error of JAX's runtime says, in one line; some say pages."""
+    return one_line(error)[:300]
 
 
 def is_writer() -> bool:

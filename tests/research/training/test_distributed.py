@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from research.errors import Lost
 from research.training import distributed
 
 # XLA:CPU deadlocks where it has too few threads a device, and fails fast with these flags.
@@ -171,7 +172,7 @@ def test_one_process_asks_nobody():
         (ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"), True),
         (RuntimeError("UNAVAILABLE: coordination service: heartbeat"), True),
         (RuntimeError("NCCL operation ncclAllReduce failed"), True),
-        (distributed.Lost("they did not meet"), True),
+        (Lost("they did not meet"), True),
         (ValueError("operands could not be broadcast together"), False),
         (KeyError("Gloo"), False),
     ],
